@@ -1,0 +1,152 @@
+"""One sheet laid over another, key by key: how `extends`, a scenario's own numbers and `--set` work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from moeplan.catalogue.figures import figure_names
+from moeplan.catalogue.sheet import Path_, Sheet, Spot, at, below, dotted, fail, moved, scalar, shown
+from moeplan.errors import CatalogueError
+
+USER = "set by the user"
+SHORT = {"nodes": ("cluster", "nodes")}
+"""Words that stand for a path."""
+_FILE = "--set"
+
+
+def is_figure(value: object) -> bool:
+    """Whether `value` is written as a figure: {value, source, note}; a model's `dimensions` has no value."""
+    return isinstance(value, dict) and ("value" in value or ("source" in value and value.keys() <= {"source", "note"}))
+
+
+def without(sheet: Sheet, key: str) -> Sheet:
+    """`sheet` without one of its keys."""
+    data = {name: value for name, value in sheet.data.items() if name != key}
+    return Sheet(data=data, spots={path: spot for path, spot in sheet.spots.items() if path[:1] != (key,)})
+
+
+def part(sheet: Sheet, key: str) -> Sheet:
+    """What stands under one key, as a sheet of its own."""
+    return Sheet(data=sheet.data[key], spots=below(sheet.spots, (key,)))
+
+
+def with_part(sheet: Sheet, key: str, inner: Sheet) -> Sheet:
+    """`sheet` with `inner` under `key`; the inner sources move up to the sheet's."""
+    data = {name: value for name, value in inner.data.items() if name not in ("about", "published", "sources")}
+    sources = inner.data.get("sources", {}) | sheet.data.get("sources", {})
+    spots = {**without(sheet, key).spots, **moved(inner.spots, (key,))}
+    return Sheet(data=sheet.data | {key: data, "sources": sources}, spots=spots)
+
+
+def overlaid(base: Sheet, top: Sheet, *, giver: str | None, is_cluster: bool = False) -> Sheet:
+    """`top` laid over `base`. A list, a figure, a thing with a name replaces; a mapping is laid over another.
+
+    With a `giver`, a number without a source may stand for a figure of a cluster; the giver is then its source.
+    """
+    overlay = _Overlay(top, dict(base.spots), giver, is_cluster)
+    data = overlay.merged(base.data, ())
+    if overlay.given:
+        data["sources"] = data.get("sources", {}) | {giver: {"cite": giver, "kind": "assumed"}}
+    return Sheet(data=data, spots=overlay.spots)
+
+
+class _Overlay:
+    def __init__(self, top: Sheet, spots: dict[Path_, Spot], giver: str | None, is_cluster: bool) -> None:
+        self.top, self.spots, self.giver, self.is_cluster = top, spots, giver, is_cluster
+        self.given: list[Path_] = []
+        self.figures = figure_names()
+
+    def merged(self, under: Mapping[str, Any], path: Path_) -> dict[str, Any]:
+        found = dict(under)
+        for key, value in at(self.top.data, path).items():
+            here, old = (*path, key), under.get(key)
+            if _is_mapping(old) and _is_mapping(value) and "name" not in value:
+                self.spots[here] = self.top.spots.get(here, self.spots.get(here, self.top.spots[()]))
+                found[key] = self.merged(old, here)
+                continue
+            if _is_mapping(old) and not isinstance(value, dict | None):
+                fail(
+                    self.top.spots,
+                    here,
+                    f"{shown(value)} stands for a whole mapping; set one of its keys: {', '.join(old)}",
+                )
+            found[key] = self._sourced(value, here, replaces_figure=is_figure(old))
+            self._move_spots(here)
+        return found
+
+    def _sourced(self, value: Any, path: Path_, *, replaces_figure: bool) -> Any:
+        in_cluster = self.is_cluster or path[0] == "cluster"
+        is_wanted = replaces_figure or (in_cluster and path[-1] in self.figures)
+        if self.giver is None or not is_wanted or isinstance(value, dict | None):
+            return value
+        self.given.append(path)
+        return {"value": value, "source": self.giver}
+
+    def _move_spots(self, path: Path_) -> None:
+        for known in [known for known in self.spots if known[: len(path)] == path]:
+            del self.spots[known]
+        self.spots |= moved(below(self.top.spots, path), path)
+
+
+def _is_mapping(value: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict) and not is_figure(value)
+
+
+def change_sheet(changes: Mapping[str, object], document: Mapping[str, Any]) -> Sheet:
+    """The changes as one nested mapping. A text is read as YAML, so `choose.tp=1,2` and `choose.tp=[1, 2]` are lists.
+
+    Raises CatalogueError for a word without a path, and for two changes of which one holds the other.
+    """
+    data: dict[str, Any] = {}
+    spots: dict[Path_, Spot] = {(): Spot(_FILE, None, ())}
+    for text, value in changes.items():
+        path = _path(text, document)
+        _put(data, path, _value(value, path, text), text)
+        spots |= {path[:length]: Spot(_FILE, None, path[:length]) for length in range(1, len(path) + 1)}
+    return Sheet(data=data, spots=spots)
+
+
+def _path(text: str, document: Mapping[str, Any]) -> Path_:
+    path = SHORT.get(text) or tuple(text.split("."))
+    if not all(path) or path[-1] == "name" or path[0] in ("schema", "sources"):
+        raise CatalogueError(
+            f"{_FILE}: {shown(text)} cannot be set; give the path of a field, such as workload.global_batch"
+        )
+    if len(path) == 1 and path[0] not in ("model", "cluster", "about"):
+        inside = [dotted(found) for found in _paths(document) if found[-1] == path[0] or found[0] == path[0]]
+        remedy = f"did you mean {inside[0]!r}?" if inside else "write section.field, such as workload.global_batch"
+        raise CatalogueError(f"{_FILE}: {shown(text)} is not the path of a field; {remedy}")
+    return path
+
+
+def _paths(data: Mapping[str, Any], path: Path_ = ()) -> list[Path_]:
+    found: list[Path_] = []
+    for key, value in data.items():
+        if isinstance(value, dict) and "value" not in value:
+            found += _paths(value, (*path, key))
+        elif path:
+            found.append((*path, key))
+    return found
+
+
+def _value(value: object, path: Path_, text: str) -> object:
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, tuple) else value
+    if path[0] == "choose" and "," in value and not value.lstrip().startswith(("[", "{")):
+        value = f"[{value}]"
+    if "\n" in value or " #" in value:
+        raise CatalogueError(
+            f"{_FILE}: {shown(text)}: {shown(value)} is not one value; write it on one line, without a comment"
+        )
+    return scalar(value, f"{_FILE} {shown(text)[1:-1]}")
+
+
+def _put(data: dict[str, Any], path: Path_, value: object, text: str) -> None:
+    for part in path[:-1]:
+        data = data.setdefault(str(part), {})
+        if not isinstance(data, dict):
+            raise CatalogueError(f"{_FILE}: {shown(text)} is inside another field that is set; set one of the two")
+    if path[-1] in data:
+        raise CatalogueError(f"{_FILE}: {shown(text)} is set twice, or holds another field that is set; set it once")
+    data[str(path[-1])] = value

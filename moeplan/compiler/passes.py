@@ -1,0 +1,177 @@
+"""The passes of one micro-batch through each chunk of a part, with the sends at their ends.
+
+ZeRO 2 reduces the gradients of each layer behind every backward pass; ZeRO 3 also gathers the weights of a layer before every
+pass, two layers ahead. What is done once a step stands in `step.py`. Reference: Rajbhandari et al., "ZeRO" (SC 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moeplan.compiler.blocks import ENTRY, NO_LAYER, Block, Writer
+from moeplan.compiler.sharding import Weights, sharded_exchange, weights_of, zero_stages
+from moeplan.compiler.stages import Pipeline, VirtualStage
+from moeplan.domain.model import Layer
+from moeplan.domain.program import Pass, Stream
+
+PASS = {"F": Pass.FORWARD, "B": Pass.BACKWARD, "I": Pass.INPUT_GRADIENT, "W": Pass.WEIGHT_GRADIENT}
+_AHEAD = 2
+"""Layers whose weights are gathered before they are needed under ZeRO 3, so that the gather hides behind computation."""
+
+
+@dataclass
+class PartBlocks:
+    """Builds the blocks of one part on demand; equal ones once."""
+
+    writer: Writer
+    pipeline: Pipeline
+    _blocks: dict[tuple[str, int], Block] = field(default_factory=dict)
+
+    def block(self, kind: str, chunk: int) -> Block:
+        """The pass `kind` (F, B, I or W) of `chunk`."""
+        if (kind, chunk) not in self._blocks:
+            block = Block(passes=PASS[kind])
+            build = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weights}[kind]
+            build(block, self.stage_of(chunk))
+            self._blocks[kind, chunk] = block
+        return self._blocks[kind, chunk]
+
+    def stage_of(self, chunk: int) -> VirtualStage:
+        """The virtual stage that this pipeline rank holds as `chunk`."""
+        return self.pipeline.stages[self.pipeline.virtual[self.writer.stage][chunk]]
+
+    # ---- forward
+
+    def _forward(self, block: Block, stage: VirtualStage) -> None:
+        parts, weights = self.writer.parts, self._weights_by_layer(stage)
+        waits = [ENTRY, *self._gathered(block, stage, weights, NO_LAYER)]
+        if stage.has_embedding:
+            waits = self._opened(block, lambda: block.add(Stream.COMPUTE, parts.embedding(Pass.FORWARD), waits))
+        waits = self._layers_forward(block, stage, weights, waits)
+        for layer in stage.prediction:
+            waits = block.add(Stream.COMPUTE, parts.prediction(Pass.FORWARD), waits)
+            waits = self.writer.forward(block, layer, waits, moe=self._prediction_moe)
+            waits = block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits)
+        if stage.has_head:
+            waits = self._opened(block, lambda: block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits))
+        block.last = self._sent(block, stage.number, 1, waits)
+
+    def _layers_forward(
+        self, block: Block, stage: VirtualStage, weights: dict[int, Weights], waits: list[int]
+    ) -> list[int]:
+        for offset, layer in enumerate(stage.layers):
+            block.at_layer = stage.first_layer + offset
+            gathered = self._gathered(block, stage, weights, block.at_layer)
+            waits = self._opened(
+                block, lambda: self.writer.forward(block, layer, [*waits, *gathered], moe=stage.moe[offset])
+            )
+        block.at_layer = NO_LAYER
+        return waits
+
+    @staticmethod
+    def _opened(block: Block, write: Callable[[], list[int]]) -> list[int]:
+        """What `write` adds, marked as what needs the weights of the layer at hand; all of it but sends and gathers."""
+        start = len(block.stream)
+        waits = write()
+        block.opening.setdefault(block.at_layer, []).extend(block.computing(start))
+        return waits
+
+    @property
+    def _prediction_moe(self) -> int:
+        """Layers of multi-token prediction are routed like the model's last layer with experts."""
+        return max(0, sum(layer.is_moe for layer in self.writer.parts.model.all_layers) - 1)
+
+    # ---- backward
+
+    def _backward(self, block: Block, stage: VirtualStage) -> None:
+        parts, weights = self.writer.parts, self._weights_by_layer(stage)
+        waits = [ENTRY, *self._gathered(block, stage, weights, NO_LAYER)]
+        start = len(block.stream)
+        if stage.has_head:
+            waits = block.add(Stream.COMPUTE, parts.head(block.passes), waits)
+        for layer in stage.prediction[::-1]:
+            waits = block.add(Stream.COMPUTE, parts.head(block.passes), waits)
+            waits = self.writer.backward(block, layer, waits, moe=self._prediction_moe)
+            waits = block.add(Stream.COMPUTE, parts.prediction(block.passes), waits)
+        ends = block.computing(start)
+        waits = self._layers_backward(block, stage, weights, waits)
+        if stage.has_embedding and block.passes == Pass.BACKWARD:
+            waits = block.add(Stream.COMPUTE, parts.embedding(block.passes), waits)
+            ends += waits
+        block.gradients[NO_LAYER] = ends
+        self._reduced(block, stage, weights, NO_LAYER)
+        block.last = self._sent(block, stage.number, -1, waits)
+
+    def _layers_backward(
+        self, block: Block, stage: VirtualStage, weights: dict[int, Weights], waits: list[int]
+    ) -> list[int]:
+        for offset in reversed(range(len(stage.layers))):
+            block.at_layer = stage.first_layer + offset
+            waits = [*waits, *self._gathered(block, stage, weights, block.at_layer)]
+            waits = self.writer.backward(block, stage.layers[offset], waits, moe=stage.moe[offset])
+            self._reduced(block, stage, weights, block.at_layer)
+        block.at_layer = NO_LAYER
+        return waits
+
+    def _weights(self, block: Block, stage: VirtualStage) -> None:
+        """Gradients of the weights alone, in the order of the backward pass."""
+        weights = self._weights_by_layer(stage)
+        block.gradients[NO_LAYER] = self._end_weights(block, stage)
+        self._reduced(block, stage, weights, NO_LAYER)
+        for offset in reversed(range(len(stage.layers))):
+            block.at_layer = stage.first_layer + offset
+            self.writer.weights(block, stage.layers[offset], moe=stage.moe[offset])
+            self._reduced(block, stage, weights, block.at_layer)
+        block.at_layer = NO_LAYER
+        block.last = list(range(len(block.stream)))
+
+    def _end_weights(self, block: Block, stage: VirtualStage) -> list[int]:
+        parts, which = self.writer.parts, Pass.WEIGHT_GRADIENT
+        steps: list[int] = []
+        for _ in range((len(stage.prediction) + 1) if stage.has_head else 0):
+            steps += block.add(Stream.COMPUTE, parts.head(which), [ENTRY])
+        for layer in stage.prediction:
+            steps += block.add(Stream.COMPUTE, parts.prediction(which), [ENTRY])
+            self.writer.weights(block, layer, moe=self._prediction_moe)
+            steps += block.gradients[NO_LAYER]
+        return steps
+
+    # ---- sends
+
+    def _sent(self, block: Block, number: int, step: int, waits: list[int]) -> list[int]:
+        """A send to the next or previous virtual stage, where another pipeline rank holds it."""
+        target = number + step
+        if not 0 <= target < len(self.pipeline.stages):
+            return waits
+        rank = self.pipeline.neighbour(self.writer.stage, number, target)
+        if rank == self.writer.stage:
+            return waits
+        return block.add(Stream.PIPELINE, self.writer.parts.send(self.writer.stage, rank), waits)
+
+    # ---- ZeRO 2 and 3
+
+    def _weights_by_layer(self, stage: VirtualStage) -> dict[int, Weights]:
+        if not self.writer.parts.workload.is_training:
+            return {}
+        return {weights.layer: weights for weights in weights_of(stage, self.writer.parts)}
+
+    def _gathered(self, block: Block, stage: VirtualStage, weights: dict[int, Weights], layer: int) -> list[int]:
+        """The steps that gather the weights of a layer, behind the computation of the layer before the last."""
+        steps: list[int] = []
+        for expert in zero_stages(self.writer.parts.plan, at_least=3):
+            if layer in weights:
+                unit = sharded_exchange(stage, weights[layer], self.writer.parts, expert=expert, operation="all_gather")
+                behind = [step for step in block.computing(0) if block.layer[step] not in (NO_LAYER, layer)]
+                recent = sorted({block.layer[step] for step in behind}, key=lambda each: abs(each - layer))
+                waits = [step for step in behind if len(recent) >= _AHEAD and block.layer[step] == recent[_AHEAD - 1]]
+                steps += block.add(Stream.SHARD, unit, waits) if unit is not None else []
+        return steps
+
+    def _reduced(self, block: Block, stage: VirtualStage, weights: dict[int, Weights], layer: int) -> None:
+        """Steps that reduce the gradients of a layer, if this pass completes them."""
+        if block.passes == Pass.INPUT_GRADIENT or layer not in weights:
+            return
+        for expert in zero_stages(self.writer.parts.plan, at_least=2):
+            unit = sharded_exchange(stage, weights[layer], self.writer.parts, expert=expert, operation="reduce_scatter")
+            block.add(Stream.SHARD, unit, block.gradients.get(layer, []))

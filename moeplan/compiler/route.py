@@ -1,0 +1,92 @@
+"""The routing of a scenario under a plan: how many tokens each place of an expert-parallel group gets, and from whom.
+
+Axes: L layers with experts, S sources (places of a group), E experts, G places that receive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from moeplan import menu
+from moeplan.domain.model import Model
+from moeplan.domain.plan import CapacityRule, Plan
+from moeplan.domain.program import Floats
+from moeplan.domain.routing import Routing, apply_capacity
+from moeplan.domain.scenario import RoutingLaw, Scenario
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Load:
+    """Tokens of one micro-batch by source and expert for every layer with experts, experts in equal blocks over the places."""
+
+    tokens_SE_by_layer: tuple[Floats, ...]
+    num_places: int
+    is_even: bool
+    """In each layer every source sends every expert the same, so all places are alike."""
+
+    def rows(self, moe: int, place: int, *, part: int, parts: int) -> tuple[int, ...]:
+        """Tokens for each expert of a place, whole numbers, in one of `parts` parts."""
+        tokens_SE = self.tokens_SE_by_layer[moe]
+        experts = tokens_SE.shape[1] // self.num_places
+        first = 0 if self.is_even else place * experts
+        whole = np.rint(tokens_SE[:, first : first + experts].sum(axis=0)).astype(np.int64)
+        cut = (part + 1) * whole // parts - part * whole // parts
+        return tuple(cut.tolist())
+
+    def traffic(self, moe: int) -> tuple[float, Floats | None]:
+        """Tokens that one source sends on average, its own place included, and share_GG: what part of that goes i to j."""
+        tokens_SE = self.tokens_SE_by_layer[moe]
+        mean = float(tokens_SE.sum()) / len(tokens_SE)
+        if self.is_even or mean == 0:
+            return mean, None
+        tokens_GG = tokens_SE.reshape(len(tokens_SE), self.num_places, -1).sum(axis=2)
+        return mean, tokens_GG / mean
+
+
+def load_of(scenario: Scenario, plan: Plan, *, rank_tokens: int) -> Load | None:
+    """The load of one micro-batch, after the plan's capacity rule; None for a model without experts.
+
+    `rank_tokens` are the tokens of one rank. With expert tensor parallelism a source is the `etp` ranks of a place together.
+    """
+    if scenario.routing is None:
+        return None
+    capacity = (plan.capacity.rule, plan.capacity.factor)
+    return _load(_LayerKinds(scenario.model), scenario.routing, plan.ep, rank_tokens * plan.etp, capacity)
+
+
+class _LayerKinds:
+    """The layers with experts of a model, hashed by what a router needs to know of them."""
+
+    def __init__(self, model: Model) -> None:
+        found = [layer.experts for layer in model.all_layers if layer.experts]
+        self.shapes = tuple((e.num_experts, e.zero_experts, e.top_k) for e in found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _LayerKinds) and self.shapes == other.shapes
+
+    def __hash__(self) -> int:
+        return hash(self.shapes)
+
+
+@lru_cache(maxsize=64)
+def _load(
+    kinds: _LayerKinds, law: RoutingLaw, ep: int, tokens: int, capacity: tuple[CapacityRule, float | None]
+) -> Load:
+    """Layers of one shape are routed together; experts that do nothing (zero experts) are routed to, and left out."""
+    by_layer: dict[int, Floats] = {}
+    for number, shape in enumerate(dict.fromkeys(kinds.shapes)):
+        layers = [moe for moe, each in enumerate(kinds.shapes) if each == shape]
+        num_experts, zero_experts, top_k = shape
+        route = menu.load("routers", law.router, "route")
+        routing: Routing = route(
+            num_layers=len(layers), num_experts=num_experts + zero_experts, top_k=top_k, num_sources=ep,
+            tokens_per_source=tokens, rng=np.random.default_rng([law.seed, number]), **law.options,
+        )  # fmt: skip
+        kept = apply_capacity(routing, capacity[0], factor=capacity[1]).tokens_LSE[:, :, :num_experts]
+        by_layer |= zip(layers, kept.astype(np.float64), strict=True)
+    tables = tuple(by_layer[moe] for moe in range(len(kinds.shapes)))
+    is_even = all(bool((table == table[0, 0]).all()) for table in tables)
+    return Load(tokens_SE_by_layer=tables, num_places=ep, is_even=is_even)

@@ -1,0 +1,67 @@
+"""The weights of a virtual stage on one rank, layer by layer, and the exchanges that keep their replicas together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moeplan.compiler.parts import Parts
+from moeplan.compiler.stages import VirtualStage
+from moeplan.domain.model import Layer
+from moeplan.domain.plan import DTYPE_BYTES, Plan
+
+_ENDS = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Weights of one layer, or of the ends of the model (layer -1), on one rank: dense ones, and those of its experts."""
+
+    layer: int
+    dense: int
+    expert: int
+
+    def count(self, *, expert: bool) -> int:
+        """Of one of the two kinds."""
+        return self.expert if expert else self.dense
+
+
+def weights_of(stage: VirtualStage, parts: Parts) -> Iterable[Weights]:
+    """The weights of each layer of a virtual stage, then of the model's ends if it has one."""
+    model, plan = parts.model, parts.plan
+    for offset, layer in enumerate(stage.layers):
+        yield Weights(
+            layer=stage.first_layer + offset,
+            dense=layer.dense_parameters_per_rank(plan.tp),
+            expert=_expert_weights(layer, plan),
+        )
+    dense = model.embedding_parameters_per_rank(plan.tp) if stage.has_embedding else 0
+    if stage.has_head:
+        dense += model.head_parameters_per_rank(plan.tp)
+        tied = model.tied_embeddings and not stage.has_embedding
+        dense += model.embedding_parameters_per_rank(plan.tp) if tied else 0
+    dense += sum(2 * model.hidden_size**2 + layer.dense_parameters_per_rank(plan.tp) for layer in stage.prediction)
+    expert = sum(_expert_weights(layer, plan) for layer in stage.prediction)
+    if dense or expert:
+        yield Weights(layer=_ENDS, dense=dense, expert=expert)
+
+
+def _expert_weights(layer: Layer, plan: Plan) -> int:
+    if layer.experts is None:
+        return 0
+    return layer.experts.num_experts // plan.ep * layer.experts.expert_parameters_per_rank(plan.etp)
+
+
+def zero_stages(plan: Plan, *, at_least: int) -> list[bool]:
+    """Which of the two kinds of weights, dense (False) and expert (True), are sharded to that ZeRO stage."""
+    return [expert for expert, zero in ((False, plan.zero_dense), (True, plan.zero_expert)) if zero >= at_least]
+
+
+def sharded_exchange(
+    stage: VirtualStage, weights: Weights, parts: Parts, *, expert: bool, operation: str
+) -> int | None:
+    """The exchange of a layer's weights (all_gather) or gradients over its replicas; None if there is nothing to exchange."""
+    precision = parts.plan.precision
+    element = DTYPE_BYTES[precision.weights if operation == "all_gather" else precision.gradients]
+    size_bytes = weights.count(expert=expert) * element
+    return parts.sharding(stage.holders, expert=expert, operation=operation, size_bytes=size_bytes)

@@ -1,0 +1,66 @@
+"""Exchanges written out as transfers between GPUs, over the wires that they take. F transfers, H hops, K links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeplan import menu
+from moeplan.domain.cluster import Cluster
+from moeplan.domain.program import Exchange, Floats, Ints, Wave
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Pattern:
+    """The transfers of one byte of one or more exchanges that differ in size alone."""
+
+    groups_NG: Ints
+    phase_F: Ints
+    group_F: Ints
+    source_F: Ints
+    target_F: Ints
+    share_F: Floats
+    paths_FH: Ints
+    delay_s_F: Floats
+    """The latency of the path and a message's overhead, as often as the wave has steps. A phase waits for its longest."""
+
+
+def pattern_key(exchange: Exchange) -> tuple[object, ...]:
+    """Exchanges with the same key move the same shares between the same ranks."""
+    share = None if exchange.share_GG is None else exchange.share_GG.tobytes()
+    return (exchange.operation, exchange.algorithm, exchange.groups_NG.shape, exchange.groups_NG.tobytes(), share)
+
+
+def expand(exchange: Exchange, cluster: Cluster) -> Pattern:
+    """The transfers of `exchange` in every group, with their paths."""
+    waves = _waves(exchange, cluster)
+    source = np.concatenate([wave.source_F for wave in waves])
+    target = np.concatenate([wave.target_F for wave in waves])
+    phase = np.repeat(np.arange(len(waves)), [len(wave.source_F) for wave in waves])
+    delay_F = cluster.path_latency_s(source, target) + _overhead_s(source, target, cluster)
+    return Pattern(
+        groups_NG=exchange.groups_NG,
+        phase_F=phase,
+        group_F=np.concatenate([wave.group_F for wave in waves]),
+        source_F=source,
+        target_F=target,
+        share_F=np.concatenate([wave.share_F for wave in waves]),
+        paths_FH=cluster.paths(source, target),
+        delay_s_F=delay_F * np.array([wave.steps for wave in waves])[phase],
+    )
+
+
+def _waves(exchange: Exchange, cluster: Cluster) -> list[Wave]:
+    groups = exchange.groups_NG
+    if exchange.operation == "send":
+        ones = np.ones(len(groups))
+        return [Wave(source_F=groups[:, 0], target_F=groups[:, 1], share_F=ones, group_F=np.arange(len(groups)))]
+    waves = menu.load("collectives", exchange.algorithm, "waves")
+    found: list[Wave] = waves(exchange.operation, groups, exchange.share_GG, cluster)
+    return [wave for wave in found if len(wave.source_F)] or found[:1]
+
+
+def _overhead_s(source: Ints, target: Ints, cluster: Cluster) -> Floats:
+    crosses = source // cluster.gpus_per_node != target // cluster.gpus_per_node
+    return np.where(crosses, cluster.message_overhead_s, 0.0)

@@ -1,0 +1,41 @@
+"""Seconds of a task's kernels on one GPU: the slower of arithmetic and memory, and never less than a launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moeplan.cost.compute import arithmetic_s
+from moeplan.domain.cluster import Gpu
+from moeplan.domain.program import Kernel, Work
+
+
+class Cost(NamedTuple):
+    """Seconds of one task, and the part of them in which the device waits for launches."""
+
+    seconds: float
+    launch_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """What a GPU takes for the kernels of a task."""
+
+    gpu: Gpu
+
+    def cost(self, work: Work) -> Cost:
+        """The sum over the kernels of max(busy, launch): the host launches ahead, but not faster than one by one.
+
+        Leaves out the slow-down by communication that runs beside.
+        """
+        busy = [self.kernel_s(kernel) for kernel in work.kernels]
+        launch = sum(max(0.0, self.gpu.kernel_launch_s - seconds) for seconds in busy)
+        return Cost(sum(busy) + launch, launch)
+
+    def kernel_s(self, kernel: Kernel) -> float:
+        """max(FLOP over reachable peak, bytes over reachable bandwidth).
+
+        Reference: Williams, Waterman, Patterson, "Roofline", CACM 52, 2009.
+        """
+        memory_s = kernel.size_bytes / (self.gpu.memory_bandwidth_bytes_per_s * self.gpu.memory_efficiency)
+        return max(memory_s, arithmetic_s(kernel, self.gpu))
