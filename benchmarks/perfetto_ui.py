@@ -67,12 +67,16 @@ def main() -> int:
     except (LookupError, OSError, ValueError) as missing:
         print(f"perfetto_ui: {missing}", file=sys.stderr)
         return 2
-    with _served(site, asked.trace) as address, _page(browser) as page:
-        seconds = page.open(address)
-        theirs = {name: page.numbers(question)[0] for name, question in QUESTIONS.items()}
-        complaints = page.numbers(COMPLAINTS)
-        if asked.picture:
-            page.picture(asked.picture)
+    try:
+        with _served(site, asked.trace) as address, _page(browser) as page:
+            seconds = page.open(address)
+            theirs = {name: page.numbers(question)[0] for name, question in QUESTIONS.items()}
+            complaints = page.numbers(COMPLAINTS)
+            if asked.picture:
+                page.picture(asked.picture)
+    except RuntimeError as failure:
+        print(f"perfetto_ui: {browser} with the UI in {site}: {failure}", file=sys.stderr)
+        return 2
     return _report(ours, theirs, complaints, seconds)
 
 
@@ -239,7 +243,12 @@ class Page:
         )
 
     def picture(self, path: Path) -> None:
-        """Writes what the tab shows as PNG."""
+        """Writes what the tab shows as PNG, lanes unfolded and the slice selected that the first arrow leaves."""
+        self.evaluate("window.app.trace.workspace.flatTracks.forEach((track) => track.reveal()); 0")
+        for number in self.numbers("select slice_out as n from flow limit 1"):
+            self.evaluate(
+                f"window.app.trace.selection.selectSqlEvent('slice', {number}, {{scrollToSelection: true}}); 0"
+            )
         time.sleep(2.0)
         path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"]))
 

@@ -17,7 +17,7 @@ from moeplan.catalogue.figures import cluster_spec
 from moeplan.catalogue.files import find, is_path, menus, names, read
 from moeplan.catalogue.overlay import is_figure
 from moeplan.catalogue.resolve import changed, entry, from_flags, resolved, thing
-from moeplan.catalogue.sheet import KEYS, SCHEMA, Path_, Sheet, bare, below, fail, moved, shown
+from moeplan.catalogue.sheet import KEYS, SCHEMA, FieldPath, Sheet, bare, below, fail, moved, shown
 from moeplan.catalogue.translate import models_in, validated
 from moeplan.domain.cluster import Cluster, build_cluster
 from moeplan.domain.model import FeedForward, Mixer, Model
@@ -108,7 +108,7 @@ def model_card(sheet: Sheet) -> dict[str, Any]:
     }
 
 
-def _blocks(data: object, path: Path_ = ()) -> Iterator[tuple[Path_, dict[str, Any]]]:
+def _blocks(data: object, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
     """Every mapping in a model that names its kind, and where it is written."""
     if isinstance(data, dict):
         if "kind" in data:

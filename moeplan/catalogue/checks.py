@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ConfigDict, create_model
 
 from moeplan import menu
-from moeplan.catalogue.sheet import Path_, Sheet, fail, shown
+from moeplan.catalogue.sheet import FieldPath, Sheet, fail, shown
 from moeplan.catalogue.translate import validated
 from moeplan.domain.cluster import Cluster
 from moeplan.domain.model import Model
@@ -33,6 +33,7 @@ def check(
     _check_menus(sheet, choices)
     _check_effects(sheet, model, workload)
     _check_degrees(sheet, choices, cluster.num_gpus)
+    _check_experts(sheet, choices, model)
     _check_batch(sheet, choices, workload.global_batch)
     _check_dtype(sheet, choices, cluster)
     if routing is not None:
@@ -96,7 +97,18 @@ def _check_degrees(sheet: Sheet, choices: Choices, num_gpus: int) -> None:
                 )
 
 
-def _item(sheet: Sheet, key: str, index: int) -> Path_:
+def _check_experts(sheet: Sheet, choices: Choices, model: Model) -> None:
+    """Expert-parallel ranks without an expert would have nothing to do."""
+    most = max((layer.experts.num_experts for layer in model.layers if layer.experts), default=0)
+    for index, degree in enumerate(choices.ep or ()):
+        if degree > most:
+            sentence = (
+                f"{degree} ranks are more than the {most} experts of a layer; use at most {most}, and etp beyond that"
+            )
+            fail(sheet.spots, _item(sheet, "ep", index), sentence)
+
+
+def _item(sheet: Sheet, key: str, index: int) -> FieldPath:
     """Where one value of a choice is written: a single value stands without a list."""
     value = sheet.data["choose"][key]
     return ("choose", key, index) if isinstance(value, list) else ("choose", key)
@@ -185,7 +197,7 @@ def _try(sheet: Sheet, route: Callable[..., object], routing: RoutingLaw, model:
             fail(sheet.spots, path, sentence)
 
 
-def _spoken(message: str) -> tuple[Path_, str]:
+def _spoken(message: str) -> tuple[FieldPath, str]:
     """The option that a router's error names, and the rest of the sentence."""
     place, _, sentence = message.partition(": ")
     if place.startswith("routing.options.") and sentence:

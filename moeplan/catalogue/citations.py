@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moeplan.catalogue.overlay import is_figure
-from moeplan.catalogue.sheet import Path_, Sheet, at, dotted, fail, shown
+from moeplan.catalogue.sheet import FieldPath, Sheet, at, dotted, fail, shown
 from moeplan.errors import unknown_name
 
 SOURCE_KINDS = ("published", "measured", "assumed")
@@ -47,7 +47,7 @@ def checked_sources(sheet: Sheet) -> dict[str, Any]:
     return {key: _checked_source(sheet, ("sources", key), row) for key, row in sources.items()}
 
 
-def _checked_source(sheet: Sheet, path: Path_, row: object) -> dict[str, Any]:
+def _checked_source(sheet: Sheet, path: FieldPath, row: object) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("cite"), str) or not row["cite"].strip():
         fail(sheet.spots, path, 'does not say what it cites; write {cite: "author, title, table"}')
     for key, value in row.items():
@@ -70,7 +70,7 @@ def check_figures(sheet: Sheet, data: object, sources: Mapping[str, object]) -> 
         _check_figure(sheet, path, sources)
 
 
-def figures(data: object, path: Path_ = ()) -> Iterator[Path_]:
+def figures(data: object, path: FieldPath = ()) -> Iterator[FieldPath]:
     """The path of every figure in `data`."""
     if is_figure(data):
         yield path
@@ -82,9 +82,9 @@ def figures(data: object, path: Path_ = ()) -> Iterator[Path_]:
             yield from figures(value, (*path, index))
 
 
-def _check_figure(sheet: Sheet, path: Path_, sources: Mapping[str, object]) -> None:
+def _check_figure(sheet: Sheet, path: FieldPath, sources: Mapping[str, object]) -> None:
     figure = at(sheet.data, path)
-    if "value" not in figure and path[-1] != "dimensions":
+    if "value" not in figure and path not in (("dimensions",), ("model", "dimensions")):
         fail(sheet.spots, path, "has no value; add value: with a number and its unit")
     for key in figure:
         if key not in _FIGURE_KEYS:
@@ -119,13 +119,16 @@ def citations(document: Mapping[str, Any]) -> list[Citation]:
     return [_row(path, at(rest, path), document["sources"]) for path in figures(rest)]
 
 
-def _row(path: Path_, figure: Mapping[str, Any], listed: Mapping[str, Any]) -> Citation:
+def _row(path: FieldPath, figure: Mapping[str, Any], listed: Mapping[str, Any]) -> Citation:
     source, value = listed[figure["source"]], figure.get("value", "all")
     return Citation(dotted(path), str(value), source["kind"], source["cite"], figure.get("note", ""))
 
 
 def with_used_sources(document: dict[str, Any]) -> dict[str, Any]:
     """`document` without the sources that no figure names: those of a part that was replaced."""
+    listed = document.get("sources")
+    if not isinstance(listed, dict):
+        return document
     rest = {key: value for key, value in document.items() if key != "sources"}
     used = {str(at(rest, path).get("source")) for path in figures(rest)}
-    return document | {"sources": {key: row for key, row in document.get("sources", {}).items() if key in used}}
+    return document | {"sources": {key: row for key, row in listed.items() if key in used}}

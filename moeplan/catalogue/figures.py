@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from moeplan import units
-from moeplan.catalogue.sheet import Path_, Sheet, at, fail, shown
+from moeplan.catalogue.sheet import FieldPath, Sheet, at, fail, shown
 from moeplan.catalogue.translate import validated
 from moeplan.domain.cluster import ClusterSpec, FabricSpec, Gpu, LinkSpec, NicSpec
 from moeplan.errors import unknown_name
@@ -80,7 +80,7 @@ def figure_names() -> frozenset[str]:
     return frozenset(key for section in sections for key in section if key not in _TEXTS) | {"nodes", "gpus_per_node"}
 
 
-def cluster_spec(sheet: Sheet, path: Path_ = ("cluster",)) -> ClusterSpec:
+def cluster_spec(sheet: Sheet, path: FieldPath = ("cluster",)) -> ClusterSpec:
     """The cluster at `path` in SI. Raises CatalogueError."""
     data = _mapping(sheet, path)
     _known(sheet, path, ClusterSpec.model_fields)
@@ -106,7 +106,7 @@ def cluster_spec(sheet: Sheet, path: Path_ = ("cluster",)) -> ClusterSpec:
     return validated(ClusterSpec, spec, sheet.spots, path)
 
 
-def gpu(sheet: Sheet, path: Path_) -> Gpu:
+def gpu(sheet: Sheet, path: FieldPath) -> Gpu:
     """The GPU at `path` in SI. Raises CatalogueError."""
     data = _mapping(sheet, path)
     found = _gpu_quantities(data)
@@ -119,7 +119,7 @@ def gpu(sheet: Sheet, path: Path_) -> Gpu:
     return validated(Gpu, whole, sheet.spots, path)
 
 
-def section(sheet: Sheet, path: Path_, spec: type) -> dict[str, Any]:
+def section(sheet: Sheet, path: FieldPath, spec: type) -> dict[str, Any]:
     """The fields of a spec, in SI, from the mapping at `path`."""
     data, found = _mapping(sheet, path), quantities(spec)
     _known(sheet, path, found)
@@ -127,7 +127,7 @@ def section(sheet: Sheet, path: Path_, spec: type) -> dict[str, Any]:
     return {found[key].field: si(sheet, (*path, key), found[key].dimension) for key in data}
 
 
-def si(sheet: Sheet, path: Path_, dimension: str) -> Any:
+def si(sheet: Sheet, path: FieldPath, dimension: str) -> Any:
     """The figure at `path` in SI: a count, a number, a text, a list of counts, or what has a unit."""
     figure = at(sheet.data, path)
     if dimension == "text":
@@ -145,7 +145,7 @@ def si(sheet: Sheet, path: Path_, dimension: str) -> Any:
     return _measured(sheet, path, value, dimension)
 
 
-def _counts(sheet: Sheet, path: Path_, value: object, *, is_list: bool) -> Any:
+def _counts(sheet: Sheet, path: FieldPath, value: object, *, is_list: bool) -> Any:
     each = value if is_list and isinstance(value, list) else [value]
     if (is_list and not isinstance(value, list)) or not each:
         fail(sheet.spots, path, f"{shown(value)} is not a list of whole numbers; write one such as [16, 16]")
@@ -159,13 +159,13 @@ def _counts(sheet: Sheet, path: Path_, value: object, *, is_list: bool) -> Any:
     return value
 
 
-def _number(sheet: Sheet, path: Path_, value: object) -> float:
+def _number(sheet: Sheet, path: FieldPath, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         fail(sheet.spots, path, f"{shown(value)} is not a number; write one such as 2.0, without quotes or a unit")
     return float(value)
 
 
-def _measured(sheet: Sheet, path: Path_, value: object, dimension: str) -> float:
+def _measured(sheet: Sheet, path: FieldPath, value: object, dimension: str) -> float:
     example, low, high = _RANGES[dimension]
     if not isinstance(value, str):
         fail(sheet.spots, path, f"{shown(value)} has no unit; write it as in '{example}'")
@@ -184,20 +184,20 @@ def _measured(sheet: Sheet, path: Path_, value: object, dimension: str) -> float
     return number
 
 
-def _mapping(sheet: Sheet, path: Path_) -> Mapping[str, Any]:
+def _mapping(sheet: Sheet, path: FieldPath) -> Mapping[str, Any]:
     data = at(sheet.data, path)
     if not isinstance(data, dict):
         fail(sheet.spots, path, f"{shown(data)} is not a mapping; write key: value pairs under it")
     return data
 
 
-def _known(sheet: Sheet, path: Path_, allowed: Mapping[str, Any]) -> None:
+def _known(sheet: Sheet, path: FieldPath, allowed: Mapping[str, Any]) -> None:
     for key in at(sheet.data, path):
         if key not in allowed:
             fail(sheet.spots, (*path, key), f"{unknown_name('key', key, allowed)}; or remove it")
 
 
-def _needed(sheet: Sheet, path: Path_, keys: Any) -> None:
+def _needed(sheet: Sheet, path: FieldPath, keys: Any) -> None:
     for key in keys:
         if key not in at(sheet.data, path):
             fail(sheet.spots, (*path, key), "is missing; add it, as in {value: ..., source: a key under sources}")

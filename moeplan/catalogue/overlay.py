@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from moeplan.catalogue.figures import figure_names
-from moeplan.catalogue.sheet import Path_, Sheet, Spot, at, below, dotted, fail, moved, scalar, shown
+from moeplan.catalogue.sheet import FieldPath, Sheet, Spot, at, below, dotted, fail, moved, scalar, shown
 from moeplan.errors import CatalogueError
 
 USER = "set by the user"
@@ -52,12 +52,12 @@ def overlaid(base: Sheet, top: Sheet, *, giver: str | None, is_cluster: bool = F
 
 
 class _Overlay:
-    def __init__(self, top: Sheet, spots: dict[Path_, Spot], giver: str | None, is_cluster: bool) -> None:
+    def __init__(self, top: Sheet, spots: dict[FieldPath, Spot], giver: str | None, is_cluster: bool) -> None:
         self.top, self.spots, self.giver, self.is_cluster = top, spots, giver, is_cluster
-        self.given: list[Path_] = []
+        self.given: list[FieldPath] = []
         self.figures = figure_names()
 
-    def merged(self, under: Mapping[str, Any], path: Path_) -> dict[str, Any]:
+    def merged(self, under: Mapping[str, Any], path: FieldPath) -> dict[str, Any]:
         found = dict(under)
         for key, value in at(self.top.data, path).items():
             here, old = (*path, key), under.get(key)
@@ -75,7 +75,7 @@ class _Overlay:
             self._move_spots(here)
         return found
 
-    def _sourced(self, value: Any, path: Path_, *, replaces_figure: bool) -> Any:
+    def _sourced(self, value: Any, path: FieldPath, *, replaces_figure: bool) -> Any:
         in_cluster = self.is_cluster or path[0] == "cluster"
         is_wanted = replaces_figure or (in_cluster and path[-1] in self.figures)
         if self.giver is None or not is_wanted or isinstance(value, dict | None):
@@ -83,7 +83,7 @@ class _Overlay:
         self.given.append(path)
         return {"value": value, "source": self.giver}
 
-    def _move_spots(self, path: Path_) -> None:
+    def _move_spots(self, path: FieldPath) -> None:
         for known in [known for known in self.spots if known[: len(path)] == path]:
             del self.spots[known]
         self.spots |= moved(below(self.top.spots, path), path)
@@ -99,7 +99,7 @@ def change_sheet(changes: Mapping[str, object], document: Mapping[str, Any]) -> 
     Raises CatalogueError for a word without a path, and for two changes of which one holds the other.
     """
     data: dict[str, Any] = {}
-    spots: dict[Path_, Spot] = {(): Spot(_FILE, None, ())}
+    spots: dict[FieldPath, Spot] = {(): Spot(_FILE, None, ())}
     for text, value in changes.items():
         path = _path(text, document)
         _put(data, path, _value(value, path, text), text)
@@ -107,7 +107,7 @@ def change_sheet(changes: Mapping[str, object], document: Mapping[str, Any]) -> 
     return Sheet(data=data, spots=spots)
 
 
-def _path(text: str, document: Mapping[str, Any]) -> Path_:
+def _path(text: str, document: Mapping[str, Any]) -> FieldPath:
     path = SHORT.get(text) or tuple(text.split("."))
     if not all(path) or path[-1] == "name" or path[0] in ("schema", "sources"):
         raise CatalogueError(
@@ -120,8 +120,8 @@ def _path(text: str, document: Mapping[str, Any]) -> Path_:
     return path
 
 
-def _paths(data: Mapping[str, Any], path: Path_ = ()) -> list[Path_]:
-    found: list[Path_] = []
+def _paths(data: Mapping[str, Any], path: FieldPath = ()) -> list[FieldPath]:
+    found: list[FieldPath] = []
     for key, value in data.items():
         if isinstance(value, dict) and "value" not in value:
             found += _paths(value, (*path, key))
@@ -130,7 +130,7 @@ def _paths(data: Mapping[str, Any], path: Path_ = ()) -> list[Path_]:
     return found
 
 
-def _value(value: object, path: Path_, text: str) -> object:
+def _value(value: object, path: FieldPath, text: str) -> object:
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple) else value
     if path[0] == "choose" and "," in value and not value.lstrip().startswith(("[", "{")):
@@ -142,7 +142,7 @@ def _value(value: object, path: Path_, text: str) -> object:
     return scalar(value, f"{_FILE} {shown(text)[1:-1]}")
 
 
-def _put(data: dict[str, Any], path: Path_, value: object, text: str) -> None:
+def _put(data: dict[str, Any], path: FieldPath, value: object, text: str) -> None:
     for part in path[:-1]:
         data = data.setdefault(str(part), {})
         if not isinstance(data, dict):

@@ -6,6 +6,7 @@ sheet is laid over a base. `--set` is a sheet as well, laid over the document la
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import groupby
@@ -15,7 +16,7 @@ from typing import Any
 from moeplan.catalogue.citations import sourced, with_used_sources
 from moeplan.catalogue.files import check_regular, find, is_path, label, read
 from moeplan.catalogue.overlay import USER, change_sheet, is_figure, overlaid, part, with_part, without
-from moeplan.catalogue.sheet import KEYS, SCHEMA, Path_, Sheet, Spot, bare, below, fail, shown
+from moeplan.catalogue.sheet import KEYS, SCHEMA, FieldPath, Sheet, Spot, bare, below, fail, shown
 from moeplan.domain.model import Model
 from moeplan.errors import CatalogueError, unknown_name
 
@@ -27,9 +28,9 @@ def entry(text: str, kind: str, *, folder: Path = Path(), chain: tuple[Path, ...
     path = folder / text if is_path(text) else find(text, kind).path
     if kind == "models" and path.suffix.lower() == ".json":
         return _imported(path)
-    if path in chain:
-        raise CatalogueError(f"{label(path)}: extends: leads back to itself; extend a file that does not")
     sheet = read(path)
+    if (real := Path(os.path.realpath(path))) in chain:
+        raise CatalogueError(f"{label(path)}: extends: leads back to itself; extend a file that does not")
     if "name" in sheet.data:
         fail(sheet.spots, ("name",), f"a file's name is the thing's name, {path.stem!r}; remove this key")
     _check_about(sheet)
@@ -37,7 +38,7 @@ def entry(text: str, kind: str, *, folder: Path = Path(), chain: tuple[Path, ...
     sheet = _flat(sheet) if kind == "gpus" else sheet
     sheet = _with_paths(sheet, path.parent) if kind == "scenarios" else sheet
     giver = f"{label(path)}, without a source" if kind == "scenarios" else None
-    whole = thing(sheet, kind, name=path.stem, giver=giver, folder=path.parent, chain=(*chain, path))
+    whole = thing(sheet, kind, name=path.stem, giver=giver, folder=path.parent, chain=(*chain, real))
     if kind == "models" and not is_figure(whole.data.get("dimensions")):
         fail(whole.spots, ("dimensions",), "has no source; add dimensions: {source: a key under sources}")
     return whole
@@ -207,7 +208,7 @@ def from_flags(data: dict[str, Any]) -> Sheet:
         "sequence": "--seq",
         "phase": "--phase",
     }
-    spots: dict[Path_, Spot] = {(): Spot("the command", None, ())}
+    spots: dict[FieldPath, Spot] = {(): Spot("the command", None, ())}
     spots |= {(key,): Spot(flags[key], None, ()) for key in ("model", "cluster")}
     spots |= {("workload", key): Spot(flags[key], None, ()) for key in data["workload"]}
     return Sheet(data=data, spots=spots)

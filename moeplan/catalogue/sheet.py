@@ -29,7 +29,7 @@ from ruamel.yaml.events import (
 
 from moeplan.errors import CatalogueError
 
-Path_ = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 SCHEMA = "moeplan.scenario/v1"
 KEYS = ("schema", "name", "about", "sources", "model", "cluster", "workload", "routing", "choose")
 """The sections of a resolved document."""
@@ -48,10 +48,10 @@ class Spot:
 
     file: str
     line: int | None
-    path: Path_
+    path: FieldPath
 
 
-Spots = Mapping[Path_, Spot]
+Spots = Mapping[FieldPath, Spot]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +69,12 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 10]}...{text[-7:]}"
 
 
-def dotted(path: Path_) -> str:
+def dotted(path: FieldPath) -> str:
     """The path as a person writes it: ("wiring", 2, "to") is `wiring.2.to`."""
     return ".".join(shown(str(part))[1:-1] for part in path)
 
 
-def where(spots: Spots, path: Path_) -> str:
+def where(spots: Spots, path: FieldPath) -> str:
     """`file:line: field.path`: the spot of `path`, or of the nearest value around it that has one."""
     length = next(n for n in range(len(path), -1, -1) if path[:n] in spots)
     spot = spots[path[:length]]
@@ -83,24 +83,24 @@ def where(spots: Spots, path: Path_) -> str:
     return f"{place}: {inside}" if inside else place
 
 
-def fail(spots: Spots, path: Path_, sentence: str) -> NoReturn:
+def fail(spots: Spots, path: FieldPath, sentence: str) -> NoReturn:
     """Raises CatalogueError for the value at `path`; the sentence says what was found, what is allowed and a remedy."""
     raise CatalogueError(f"{where(spots, path)}: {sentence}")
 
 
-def at(data: Any, path: Path_) -> Any:
+def at(data: Any, path: FieldPath) -> Any:
     """The value at `path`, which exists."""
     for part in path:
         data = data[part]
     return data
 
 
-def moved(spots: Spots, prefix: Path_) -> dict[Path_, Spot]:
+def moved(spots: Spots, prefix: FieldPath) -> dict[FieldPath, Spot]:
     """The spots of a sheet that is put into a larger document at `prefix`."""
     return {prefix + path: spot for path, spot in spots.items()}
 
 
-def below(spots: Spots, prefix: Path_) -> dict[Path_, Spot]:
+def below(spots: Spots, prefix: FieldPath) -> dict[FieldPath, Spot]:
     """The spots of what stands at `prefix`, for a sheet of its own."""
     return {path[len(prefix) :]: spot for path, spot in spots.items() if path[: len(prefix)] == prefix}
 
@@ -173,7 +173,7 @@ class _Reader:
     """One pass over the parser's events, with the guards."""
 
     def __init__(self, text: str, file: str) -> None:
-        self.file, self.spots, self.nodes = file, dict[Path_, Spot](), 0
+        self.file, self.spots, self.nodes = file, dict[FieldPath, Spot](), 0
         self.events: Iterator[Any] = YAML(typ="safe", pure=True).parse(text)
 
     def document(self) -> Any:
@@ -203,7 +203,7 @@ class _Reader:
             self._fail(after, "a second document starts here; put it into a file of its own")
         return data
 
-    def _value(self, event: Any, path: Path_) -> Any:
+    def _value(self, event: Any, path: FieldPath) -> Any:
         self._guard(event, path)
         self.spots[path] = Spot(self.file, event.start_mark.line + 1, path)
         match event:
@@ -214,7 +214,7 @@ class _Reader:
             case _:
                 return self._scalar(event, path)
 
-    def _guard(self, event: Any, path: Path_) -> None:
+    def _guard(self, event: Any, path: FieldPath) -> None:
         self.nodes += 1
         if isinstance(event, AliasEvent) or event.anchor:
             self._fail(event, "an anchor or alias (& or *) is not allowed; write the value out, or use extends", path)
@@ -227,7 +227,7 @@ class _Reader:
                 event, f"more than {MAX_NODES} values in one file; split it, or check what generated it", path[:3]
             )
 
-    def _mapping(self, path: Path_) -> dict[str, Any]:
+    def _mapping(self, path: FieldPath) -> dict[str, Any]:
         found: dict[str, Any] = {}
         while not isinstance(event := next(self.events), MappingEndEvent):
             key = self._key(event, path)
@@ -237,7 +237,7 @@ class _Reader:
             found[key] = self._value(next(self.events), (*path, key))
         return found
 
-    def _key(self, event: Any, path: Path_) -> str:
+    def _key(self, event: Any, path: FieldPath) -> str:
         self._guard(event, path)
         if not isinstance(event, ScalarEvent):
             self._fail(event, "a list or mapping stands as a key; keys are text", path)
@@ -246,13 +246,13 @@ class _Reader:
             self._fail(event, f"the key {shown(key)} is not text; put it in quotes or rename it", path)
         return key
 
-    def _sequence(self, path: Path_) -> list[Any]:
+    def _sequence(self, path: FieldPath) -> list[Any]:
         found: list[Any] = []
         while not isinstance(event := next(self.events), SequenceEndEvent):
             found.append(self._value(event, (*path, len(found))))
         return found
 
-    def _scalar(self, event: Any, path: Path_) -> Any:
+    def _scalar(self, event: Any, path: FieldPath) -> Any:
         text: str = event.value
         if not event.implicit[0]:
             return text
@@ -265,7 +265,7 @@ class _Reader:
             self._fail(event, f"{shown(text)[1:-1]} is not a finite number; write one below 1e308", path)
         return value
 
-    def _check_digits(self, event: Any, path: Path_) -> None:
+    def _check_digits(self, event: Any, path: FieldPath) -> None:
         digits = event.value.lstrip("+-")
         if len(digits) > 1 and digits.startswith("0"):
             self._fail(
@@ -274,7 +274,7 @@ class _Reader:
                 path,
             )
 
-    def _fail(self, event: Any, sentence: str, path: Path_ = ()) -> NoReturn:
+    def _fail(self, event: Any, sentence: str, path: FieldPath = ()) -> NoReturn:
         spot = Spot(self.file, event.start_mark.line + 1, path)
         fail({(): spot}, (), sentence)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moeplan.catalogue.sheet import Path_, Spots, shown, where
+from moeplan.catalogue.sheet import FieldPath, Spots, shown, where
 from moeplan.errors import CatalogueError, unknown_name
 
 _Thing = TypeVar("_Thing")
@@ -23,7 +23,7 @@ _BOUNDS = {
 }
 
 
-def validated(wanted: type[_Thing], data: Mapping[str, Any], spots: Spots, path: Path_) -> _Thing:
+def validated(wanted: type[_Thing], data: Mapping[str, Any], spots: Spots, path: FieldPath) -> _Thing:
     """`data` as a `wanted`. Raises CatalogueError with at most three lines, one for each wrong field."""
     try:
         return wanted(**data)
@@ -37,12 +37,12 @@ def validated(wanted: type[_Thing], data: Mapping[str, Any], spots: Spots, path:
         raise CatalogueError("\n".join(list(reversed(lines.values()))[:3])) from None
 
 
-def _line(detail: ErrorDetails, wanted: type, data: object, spots: Spots, path: Path_) -> str:
+def _line(detail: ErrorDetails, wanted: type, data: object, spots: Spots, path: FieldPath) -> str:
     steps = _steps(detail["loc"], data, is_missing=detail["type"] == "missing")
     return f"{where(spots, path + steps)}: {_sentence(detail, wanted)}"
 
 
-def _steps(loc: tuple[str | int, ...], data: object, *, is_missing: bool) -> Path_:
+def _steps(loc: tuple[str | int, ...], data: object, *, is_missing: bool) -> FieldPath:
     """`loc` without what pydantic adds of its own: the tags of a union."""
     steps: list[str | int] = []
     for number, step in enumerate(loc):

@@ -26,5 +26,6 @@ def waves(operation: str, groups_NG: Ints, share_GG: Floats | None, cluster: Clu
             target_F=groups_NG[:, j].ravel(),
             share_F=np.tile(share[i, j], num_groups),
             group_F=np.repeat(np.arange(num_groups), len(i)),
+            bundle_F=np.arange(num_groups * len(i)),
         )
     ]

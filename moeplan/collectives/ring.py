@@ -30,8 +30,9 @@ def waves(operation: str, groups_NG: Ints, share_GG: Floats | None, cluster: Clu
     source = np.concatenate([ring.ravel() for ring in rings])
     target = np.concatenate([np.roll(ring, -1, axis=1).ravel() for ring in rings])
     share = np.full(len(source), rounds / size / len(rings))
-    group = np.tile(np.repeat(np.arange(num_groups), size), len(rings))
-    return [Wave(source_F=source, target_F=target, share_F=share, group_F=group, steps=float(rounds))]
+    ring = np.repeat(np.arange(num_groups * len(rings)), size)
+    group = ring % num_groups
+    return [Wave(source_F=source, target_F=target, share_F=share, group_F=group, bundle_F=ring, steps=float(rounds))]
 
 
 def _members_per_node(ordered_NG: Ints, cluster: Cluster) -> int:

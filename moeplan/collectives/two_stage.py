@@ -47,4 +47,5 @@ def _wave(groups_NG: Ints, i: Ints, j: Ints, share: Floats) -> Wave:
         target_F=groups_NG[:, j].ravel(),
         share_F=np.tile(share, num_groups),
         group_F=np.repeat(np.arange(num_groups), len(i)),
+        bundle_F=np.arange(num_groups * len(i)),
     )

@@ -1,7 +1,7 @@
 """Ranks that must behave alike become one lane, flows that must get the same rate one class: one colour refinement of both.
 
 A rank's colour is made of its part in the plan and of the colours of its groups and flows; a flow's of its share, its ends and
-its links; a link's of its capacity and its flows. When no colour splits any more, ranks, flows and links of one
+its links (all hops of a ring are one flow, since they go at one pace); a link's of its capacity and its flows. When no colour splits any more, ranks, flows and links of one
 colour cannot be told apart by any fair sharing of the links (the partition is equitable), so one of each stands for all of them.
 Colours are 64-bit hashes: two different colours are taken for one with a chance below 1e-9 for a million flows.
 Reference: McKay, Piperno, "Practical graph isomorphism, II" (2014), section 2.2, for refinement.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moeplan.compiler.traffic import Pattern
 from moeplan.domain.cluster import Cluster
-from moeplan.domain.program import Flows, Ints, Phase
+from moeplan.domain.program import Floats, Flows, Ints, Phase
 
 Colours = NDArray[np.uint64]
 
@@ -49,13 +49,16 @@ def fold(patterns: Sequence[Pattern], *, part_R: Ints, cluster: Cluster) -> Fold
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Table:
-    """All patterns' transfers one after another; links that nothing crosses are left out."""
+    """All patterns' transfers F one after another, in B flows (bundles of one pace); links that nothing crosses are left out."""
 
     part_R: Ints
     source_F: Ints
     target_F: Ints
-    start_F: Colours
-    pattern_F: Ints
+    flow_F: Ints
+    first_B: Ints
+    """One transfer of each flow."""
+    start_B: Colours
+    pattern_B: Ints
     flow_I: Ints
     link_I: Ints
     links_K: Ints
@@ -64,46 +67,60 @@ class _Table:
 
     @staticmethod
     def of(patterns: Sequence[Pattern], part_R: Ints, cluster: Cluster) -> _Table:
-        pattern = np.repeat(np.arange(len(patterns)), [len(p.source_F) for p in patterns])
-        share = np.concatenate([p.share_F for p in patterns]) if patterns else np.zeros(0)
-        phase = np.concatenate([p.phase_F for p in patterns]) if patterns else np.zeros(0, np.int64)
-        delay = np.concatenate([p.delay_s_F for p in patterns]) if patterns else np.zeros(0)
-        flow_I, link_I = _incidences(patterns)
+        counts = [int(p.bundle_F.max(initial=-1)) + 1 for p in patterns]
+        starts = np.cumsum([0, *counts])
+        flow_F = _joined([p.bundle_F + start for p, start in zip(patterns, starts, strict=False)])
+        first_B = np.unique(flow_F, return_index=True)[1]
+        pattern_B = np.repeat(np.arange(len(patterns)), counts)
+        share_B = _joined_floats([p.share_F for p in patterns])[first_B]
+        delay_B = np.zeros(len(first_B))
+        np.maximum.at(delay_B, flow_F, _joined_floats([p.delay_s_F for p in patterns]))
+        phase_B = _joined([p.phase_F for p in patterns])[first_B]
+        hop_F, link_I = _hops(patterns)
         links, link_I = np.unique(link_I, return_inverse=True)
-        capacity = cluster.bandwidth_bytes_per_s_K[links]
         return _Table(
             part_R=part_R,
-            source_F=np.concatenate([p.source_F for p in patterns]) if patterns else phase,
-            target_F=np.concatenate([p.target_F for p in patterns]) if patterns else phase,
-            start_F=_mix(_bits(share) + _mix(_bits(delay)) * _u(3) + _mix(_u(pattern * 16 + phase))),
-            pattern_F=pattern,
-            flow_I=flow_I,
+            source_F=_joined([p.source_F for p in patterns]),
+            target_F=_joined([p.target_F for p in patterns]),
+            flow_F=flow_F,
+            first_B=first_B,
+            start_B=_mix(_bits(share_B) + _mix(_bits(delay_B)) * _u(3) + _mix(_u(pattern_B * 16 + phase_B))),
+            pattern_B=pattern_B,
+            flow_I=flow_F[hop_F],
             link_I=link_I,
             links_K=links,
-            start_K=_mix(_bits(capacity)),
+            start_K=_mix(_bits(cluster.bandwidth_bytes_per_s_K[links])),
             groups=tuple(p.groups_NG for p in patterns),
         )
 
 
-def _incidences(patterns: Sequence[Pattern]) -> tuple[Ints, Ints]:
-    """(flow, link) for every hop of every flow."""
-    flows, links, base = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+def _joined(columns: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, np.int64), *columns])
+
+
+def _joined_floats(columns: Sequence[Floats]) -> Floats:
+    return np.concatenate([np.zeros(0), *columns])
+
+
+def _hops(patterns: Sequence[Pattern]) -> tuple[Ints, Ints]:
+    """(transfer, link) for every hop of every transfer."""
+    transfers, links, base = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for p in patterns:
         row, hop = np.nonzero(p.paths_FH >= 0)
-        flows.append(row + base)
+        transfers.append(row + base)
         links.append(p.paths_FH[row, hop].astype(np.int64))
         base += len(p.paths_FH)
-    return np.concatenate(flows), np.concatenate(links)
+    return np.concatenate(transfers), np.concatenate(links)
 
 
 def _refine(table: _Table) -> tuple[Colours, Colours, Colours]:
     """Colours of ranks, flows and links when none splits any more."""
     rank, link = _mix(_u(table.part_R)), table.start_K
-    flow = table.start_F
     count = -1
     while True:
-        flow = _mix(table.start_F + _mix(rank[table.source_F]) * _u(3) + _mix(rank[table.target_F]) * _u(5))
-        flow = _mix(flow + _summed(_mix(link[table.link_I]), table.flow_I, len(flow)))
+        ends = _mix(rank[table.source_F]) * _u(3) + _mix(rank[table.target_F]) * _u(5)
+        flow = _mix(table.start_B + _summed(_mix(ends), table.flow_F, len(table.start_B)))
+        flow = _mix(flow + _summed(_mix(link)[table.link_I], table.flow_I, len(flow)))
         link = _mix(table.start_K + _summed(_mix(flow)[table.flow_I], table.link_I, len(link)))
         rank = _rank_colours(table, rank, flow)
         found = _distinct(rank) + _distinct(flow) + _distinct(link)
@@ -113,8 +130,9 @@ def _refine(table: _Table) -> tuple[Colours, Colours, Colours]:
 
 
 def _rank_colours(table: _Table, rank: Colours, flow: Colours) -> Colours:
-    size = len(rank)
-    new = rank + _summed(_mix(flow + _u(7)), table.source_F, size) + _summed(_mix(flow + _u(11)), table.target_F, size)
+    size, of_transfer = len(rank), flow[table.flow_F]
+    sent = _summed(_mix(of_transfer + _u(7)), table.source_F, size)
+    new = rank + sent + _summed(_mix(of_transfer + _u(11)), table.target_F, size)
     for number, groups_NG in enumerate(table.groups):
         whole = _mix(_mix(rank)[groups_NG].sum(axis=1) + _u(number))
         new += _summed(np.repeat(_mix(whole), groups_NG.shape[1]), groups_NG.ravel(), size)
@@ -125,36 +143,35 @@ def _classes(
     table: _Table, patterns: Sequence[Pattern], *, lane_R: Ints, flow: Colours, link: Colours, cluster: Cluster
 ) -> Folding:
     link_class = _numbered(link)
-    who_F, key_F = _groups_of_flows(table, patterns, lane_R)
-    class_F = _numbered(_mix(flow + _mix(key_F)))
-    first = np.unique(class_F, return_index=True)[1]
+    who_B = _joined([_lane_sets(p, lane_R)[0][p.group_F] for p in patterns])[table.first_B]
+    class_B = _numbered(_mix(flow + _mix(_u(who_B + (table.pattern_B << 32)))))
+    first = np.unique(class_B, return_index=True)[1]
     num_links = np.bincount(link_class)
     crossing = np.zeros((len(first), len(num_links)))
-    np.add.at(crossing, (class_F[table.flow_I], link_class[table.link_I]), 1.0)
+    np.add.at(crossing, (class_B[table.flow_I], link_class[table.link_I]), 1.0)
     first_link = table.links_K[np.unique(link_class, return_index=True)[1]]
-    shares = np.concatenate([p.share_F for p in patterns]) if patterns else np.zeros(0)
     flows = Flows(
-        share_C=shares[first],
-        count_C=np.bincount(class_F),
+        share_C=_joined_floats([p.share_F for p in patterns])[table.first_B[first]],
+        count_C=np.bincount(class_B),
         crossing_CK=crossing / num_links,
         capacity_bytes_per_s_K=cluster.bandwidth_bytes_per_s_K[first_link],
         link_kind_K=tuple(cluster.link_kinds[int(kind)] for kind in cluster.kind_K[first_link]),
         num_links_K=num_links,
-        sender_lane_C=lane_R[table.source_F[first]],
-        receiver_lane_C=lane_R[table.target_F[first]],
+        lanes_C=_lanes_of_classes(table, lane_R, class_B),
     )
     meetings = tuple(
-        _meetings(number, pattern, lane_R=lane_R, table=table, who_F=who_F, class_F=class_F)
+        _meetings(number, pattern, lane_R=lane_R, table=table, who_B=who_B, class_B=class_B)
         for number, pattern in enumerate(patterns)
     )
     return Folding(lane_R=lane_R, flows=flows, meetings=meetings)
 
 
-def _groups_of_flows(table: _Table, patterns: Sequence[Pattern], lane_R: Ints) -> tuple[Ints, Colours]:
-    """For each flow the set of lanes that its group is made of: a number within its pattern, and as a colour."""
-    numbers = [_lane_sets(p, lane_R)[0][p.group_F] for p in patterns]
-    who = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-    return who, _u(who + (table.pattern_F << 32))
+def _lanes_of_classes(table: _Table, lane_R: Ints, class_B: Ints) -> tuple[tuple[int, ...], ...]:
+    class_F = class_B[table.flow_F]
+    ends = np.unique(np.concatenate([lane_R[table.source_F], lane_R[table.target_F]]) + (np.tile(class_F, 2) << 32))
+    owner, lane = ends >> 32, ends & 0xFFFFFFFF
+    bounds = np.searchsorted(owner, np.arange(1, int(class_B.max(initial=-1)) + 1))
+    return tuple(tuple(part.tolist()) for part in np.split(lane, bounds)) if len(class_B) else ()
 
 
 def _lane_sets(pattern: Pattern, lane_R: Ints) -> tuple[Ints, Ints]:
@@ -166,24 +183,24 @@ def _lane_sets(pattern: Pattern, lane_R: Ints) -> tuple[Ints, Ints]:
 
 
 def _meetings(
-    number: int, pattern: Pattern, *, lane_R: Ints, table: _Table, who_F: Ints, class_F: Ints
+    number: int, pattern: Pattern, *, lane_R: Ints, table: _Table, who_B: Ints, class_B: Ints
 ) -> tuple[Meeting, ...]:
-    mine = np.flatnonzero(table.pattern_F == number)
-    who, klass = who_F[mine], class_F[mine]
+    mine = np.flatnonzero(table.pattern_B == number)
+    who, klass = who_B[mine], class_B[mine]
+    phase_B = np.zeros(len(mine), np.int64)
+    phase_B[pattern.bundle_F] = pattern.phase_F
+    delay_B = np.zeros(len(mine))
+    np.maximum.at(delay_B, pattern.bundle_F, pattern.delay_s_F)
     found = []
     for set_number, group in enumerate(_lane_sets(pattern, lane_R)[1]):
-        chosen = who == set_number
-        phases = tuple(
-            _phase(pattern, klass, chosen & (pattern.phase_F == phase)) for phase in range(pattern.phase_F.max() + 1)
-        )
+        phases = []
+        for phase in range(pattern.phase_F.max() + 1):
+            chosen = (who == set_number) & (phase_B == phase)
+            classes = tuple(np.unique(klass[chosen]).tolist())
+            phases.append(Phase(latency_s=float(delay_B[chosen].max(initial=0.0)), classes=classes))
         lanes = tuple(np.unique(lane_R[pattern.groups_NG[group]]).tolist())
-        found.append(Meeting(lanes=lanes, phases=phases))
+        found.append(Meeting(lanes=lanes, phases=tuple(phases)))
     return tuple(found)
-
-
-def _phase(pattern: Pattern, class_F: Ints, chosen_F: NDArray[np.bool_]) -> Phase:
-    latency = float(pattern.delay_s_F[chosen_F].max(initial=0.0))
-    return Phase(latency_s=latency, classes=tuple(np.unique(class_F[chosen_F]).tolist()))
 
 
 def _numbered(colour: Colours) -> Ints:

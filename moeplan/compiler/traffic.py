@@ -18,6 +18,7 @@ class Pattern:
     groups_NG: Ints
     phase_F: Ints
     group_F: Ints
+    bundle_F: Ints
     source_F: Ints
     target_F: Ints
     share_F: Floats
@@ -43,6 +44,7 @@ def expand(exchange: Exchange, cluster: Cluster) -> Pattern:
         groups_NG=exchange.groups_NG,
         phase_F=phase,
         group_F=np.concatenate([wave.group_F for wave in waves]),
+        bundle_F=_numbered_on([wave.bundle_F for wave in waves]),
         source_F=source,
         target_F=target,
         share_F=np.concatenate([wave.share_F for wave in waves]),
@@ -54,11 +56,18 @@ def expand(exchange: Exchange, cluster: Cluster) -> Pattern:
 def _waves(exchange: Exchange, cluster: Cluster) -> list[Wave]:
     groups = exchange.groups_NG
     if exchange.operation == "send":
+        each = np.arange(len(groups))
         ones = np.ones(len(groups))
-        return [Wave(source_F=groups[:, 0], target_F=groups[:, 1], share_F=ones, group_F=np.arange(len(groups)))]
+        return [Wave(source_F=groups[:, 0], target_F=groups[:, 1], share_F=ones, group_F=each, bundle_F=each)]
     waves = menu.load("collectives", exchange.algorithm, "waves")
     found: list[Wave] = waves(exchange.operation, groups, exchange.share_GG, cluster)
     return [wave for wave in found if len(wave.source_F)] or found[:1]
+
+
+def _numbered_on(bundles: list[Ints]) -> Ints:
+    """The bundles of all waves, numbered 0, 1, ... without a gap between waves."""
+    starts = np.cumsum([0] + [int(bundle.max(initial=-1)) + 1 for bundle in bundles[:-1]])
+    return np.concatenate([bundle + start for bundle, start in zip(bundles, starts, strict=True)])
 
 
 def _overhead_s(source: Ints, target: Ints, cluster: Cluster) -> Floats:

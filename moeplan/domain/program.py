@@ -97,12 +97,14 @@ class Wave:
     """Transfers that run together, F of them: what a dish of the `collectives` menu makes of an exchange of one byte.
 
     `steps` latencies pass before the bytes flow: a ring of n ranks pays n - 1 of them. `group_F` is the row of `groups_NG`.
+    Transfers of one `bundle_F` go at one pace, that of the slowest: the hops of a ring, each of which passes on what came.
     """
 
     source_F: Ints
     target_F: Ints
     share_F: Floats
     group_F: Ints
+    bundle_F: Ints
     steps: float = 1.0
 
 
@@ -119,8 +121,8 @@ class Rendezvous:
 class Flows:
     """Flows that must get the same rate, as one class each, on links that must be loaded alike, as one class each.
 
-    Exact by colour refinement: `crossing_CK[c, k]` flows of class c cross any one link of class k. A flow of class c moves
-    `share_C[c]` times the `size_bytes` of its exchange.
+    A flow is a bundle of transfers at one pace. Exact by colour refinement: the flows of class c cross any one link of class k
+    `crossing_CK[c, k]` times. Each transfer of class c moves `share_C[c]` times the `size_bytes` of its exchange.
     """
 
     share_C: Floats
@@ -129,8 +131,8 @@ class Flows:
     capacity_bytes_per_s_K: Floats
     link_kind_K: tuple[str, ...]
     num_links_K: Ints
-    sender_lane_C: Ints
-    receiver_lane_C: Ints
+    lanes_C: tuple[tuple[int, ...], ...]
+    """The lanes that send or receive in a flow of the class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -58,9 +58,7 @@ class Network:
         self._courses: dict[tuple[int, int], Course] = {}
         self._sizes = [program.exchanges[meeting.exchange].size_bytes for meeting in program.meetings]
         self._share = program.flows.share_C.tolist()
-        self._lanes_of_class = list(
-            zip(program.flows.sender_lane_C.tolist(), program.flows.receiver_lane_C.tolist(), strict=True)
-        )
+        self._lanes_of_class = program.flows.lanes_C
         self._rivals = _rivals(program)
 
     def parts_of(self, meeting: int) -> int:

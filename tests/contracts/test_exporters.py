@@ -43,14 +43,14 @@ def build_timeline(*, work: str = "attention", rows: tuple[tuple[int, ...], ...]
     stages = np.array([[0, 1], [2, 3]])
     share_GG = np.array([[0.25, 0.75], [0.5, 0.5]])
     columns = np.array(rows, dtype=np.int64).reshape(-1, 8).T
-    exchange = {"algorithm": "linear", "size_bytes": 8e6}
+    whole = Exchange(kind="dispatch", operation="all_to_all", algorithm="linear", groups_NG=stages, size_bytes=8e6)
     program = Program(
         lanes=(Lane(stage=0, ranks_R=stages[0]), Lane(stage=1, ranks_R=stages[1])),
         works=(Work(kind=work, kernels=()), Work(kind="optimizer", kernels=())),
         exchanges=(
-            Exchange(kind="dispatch", operation="all_to_all", groups_NG=stages, share_GG=share_GG, **exchange),
-            Exchange(kind="send", operation="send", groups_NG=stages.T, **exchange),
-            Exchange(kind="gradients", operation="all_reduce", groups_NG=stages, **exchange),
+            replace(whole, share_GG=share_GG),
+            replace(whole, kind="send", operation="send", groups_NG=stages.T),
+            replace(whole, kind="gradients", operation="all_reduce"),
         ),
         meetings=(
             Rendezvous(exchange=DISPATCHES, lanes=(0,), phases=()),
@@ -285,19 +285,20 @@ def test_traffic_between_nodes_sums_that_between_their_gpus() -> None:
 
 def test_traffic_is_the_same_for_folded_and_unfolded_lanes() -> None:
     folded = build_timeline().program
-    ranks = tuple(Lane(stage=rank // 2, ranks_R=np.array([rank])) for rank in range(4))
-    meetings = (replace(folded.meetings[0], lanes=(0, 1)), replace(folded.meetings[1], lanes=(2, 3)))
-    sends = (replace(folded.meetings[2], lanes=(0, 2)), replace(folded.meetings[2], lanes=(1, 3)))
-    lanes = {0: (0, 1), 1: (2, 3)}
-    rows = [(new, *row[1:]) for row in ROWS for new in lanes[row[0]]]
-    units = {2: lambda lane: 2 + lane % 2, 3: lambda lane: 4}
-    column = np.array([(r[0], r[1], units.get(r[2], lambda _, r=r: r[2])(r[0]), *r[3:]) for r in rows]).T
-    tasks = replace(
-        build_timeline(rows=tuple(rows)).program.tasks, unit_T=np.where(column[1] == 0, np.array(rows).T[2], column[2])
+    lanes = tuple(Lane(stage=rank // 2, ranks_R=np.array([rank])) for rank in range(4))
+    dispatch_0, dispatch_1, send, gradients = folded.meetings
+    meetings = (
+        replace(dispatch_0, lanes=(0, 1)),
+        replace(dispatch_1, lanes=(2, 3)),
+        replace(send, lanes=(0, 2)),
+        replace(gradients, lanes=(0, 1)),
+        replace(send, lanes=(1, 3)),
     )
-    unfolded = replace(
-        folded, lanes=ranks, meetings=(*meetings, *sends, replace(folded.meetings[3], lanes=(0, 1))), tasks=tasks
-    )
+    rows = tuple((2 * row[0] + member, *row[1:]) for row in ROWS for member in (0, 1))
+    tasks = build_timeline(rows=rows).program.tasks
+    second_send = (tasks.unit_T == 2) & (tasks.lane_T % 2 == 1)
+    tasks = replace(tasks, unit_T=np.where(second_send, 4, tasks.unit_T))
+    unfolded = replace(folded, lanes=lanes, meetings=meetings, tasks=tasks)
     np.testing.assert_allclose(traffic(unfolded), traffic(folded))
 
 

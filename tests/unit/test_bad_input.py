@@ -147,6 +147,18 @@ def test_an_unknown_name_is_one_short_line(read: Callable[[str], object], name: 
     assert "use one of" in (message := refusal(read, name)) or "did you mean" in message
 
 
+def test_a_file_that_extends_itself_by_another_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"about: x\nextends: ../{tmp_path.name}/b.yaml\n")
+    (tmp_path / "b.yaml").symlink_to(tmp_path / "a.yaml")
+    assert "leads back to itself" in refusal(load, tmp_path / "a.yaml")
+
+
+def test_a_source_without_a_value_is_no_dimension_elsewhere(tmp_path: Path) -> None:
+    text = "about: x\nsources: {s: {cite: x}}\nmodel: tiny-moe\ncluster: cpu-host\n"
+    (tmp_path / "odd.yaml").write_text(text + "workload: {dimensions: {source: s}}\n")
+    assert "workload.dimensions: has no value" in refusal(load, tmp_path / "odd.yaml")
+
+
 def test_a_hostile_file_name_does_not_break_the_line(tmp_path: Path) -> None:
     odd = tmp_path / "two\nlines\x1b[31m.yaml"
     odd.write_text("about: x\n")

@@ -182,7 +182,7 @@ def test_what_had_to_be_assumed_for_a_config_stands_in_the_bibliography(tmp_path
         written(tmp_path, json.dumps(CONFIG | {"model_type": "new_moe", "moe_intermediate_size": 128}), "config.json")
     )
     scenario = scenario_from(model=path, cluster="cpu-host", global_batch=8, sequence=128)
-    assert any("'new_moe' is not known" in row.note for row in sources(scenario.document))
+    assert any("'new_moe'" in row.note and "read by aliases" in row.note for row in sources(scenario.document))
 
 
 def test_flags_make_a_scenario_of_a_dense_model_without_routing() -> None:
@@ -325,6 +325,15 @@ def test_the_sources_of_a_replaced_part_are_gone() -> None:
     keys = document(MIXTRAL, {"model": "deepseek-v3", "cluster.gpu": "a100-80gb-sxm"})["sources"]
     assert not [key for key in keys if key.startswith(("mixtral-8x7b:", "h100-sxm:"))]
     assert [key for key in keys if key.startswith("deepseek-v3:")]
+
+
+@pytest.mark.parametrize("section", ["sources", "model", "cluster", "workload", "routing", "choose", "name", "about"])
+@pytest.mark.parametrize(
+    "value", [None, [], {}, 3, "x", True, {"value": 3}, {"source": "x"}, {"value": {}, "source": []}]
+)
+def test_a_document_with_a_section_of_another_kind_is_read_or_refused(section: str, value: object) -> None:
+    message = refusal(load, document(MIXTRAL) | {section: value}) or ""
+    assert message.count("\n") < 3
 
 
 def test_no_change_gives_the_same_scenario() -> None:

@@ -113,7 +113,7 @@ def kind(events: list[dict[str, Any]], *letters: str) -> list[dict[str, Any]]:
 
 
 def nanoseconds(event: dict[str, Any], key: str = "ts") -> int:
-    return round(event[key] * 1000)
+    return round(float(event[key]) * 1000)
 
 
 @pytest.fixture
