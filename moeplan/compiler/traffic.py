@@ -39,7 +39,7 @@ def expand(exchange: Exchange, cluster: Cluster) -> Pattern:
     source = np.concatenate([wave.source_F for wave in waves])
     target = np.concatenate([wave.target_F for wave in waves])
     phase = np.repeat(np.arange(len(waves)), [len(wave.source_F) for wave in waves])
-    delay_F = cluster.path_latency_s(source, target) + _overhead_s(source, target, cluster)
+    delay_F = cluster.path_latency_s(source, target) + cluster.path_overhead_s(source, target)
     return Pattern(
         groups_NG=exchange.groups_NG,
         phase_F=phase,
@@ -68,8 +68,3 @@ def _numbered_on(bundles: list[Ints]) -> Ints:
     """The bundles of all waves, numbered 0, 1, ... without a gap between waves."""
     starts = np.cumsum([0] + [int(bundle.max(initial=-1)) + 1 for bundle in bundles[:-1]])
     return np.concatenate([bundle + start for bundle, start in zip(bundles, starts, strict=True)])
-
-
-def _overhead_s(source: Ints, target: Ints, cluster: Cluster) -> Floats:
-    crosses = source // cluster.gpus_per_node != target // cluster.gpus_per_node
-    return np.where(crosses, cluster.message_overhead_s, 0.0)

@@ -1,0 +1,6 @@
+"""`python -m moeplan` is the command `moeplan`."""
+
+from moeplan.cli import main
+
+if __name__ == "__main__":
+    main()

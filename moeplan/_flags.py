@@ -1,0 +1,117 @@
+"""The flags that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeplan.errors import MoeplanError
+
+if TYPE_CHECKING:
+    from moeplan.domain.scenario import Scenario
+    from moeplan.simulator.noise import Noise
+
+ScenarioName = Annotated[
+    str | None,
+    typer.Argument(metavar="SCENARIO", help="A scenario's name or file, or a file that `plan --json` wrote."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any field, as in cluster.nic.bandwidth=25GB/s."),
+]
+Model = Annotated[str | None, typer.Option(help="A model's name, or the path of a Hugging Face config.json.")]
+Cluster = Annotated[str | None, typer.Option(help="A topology's name or file.")]
+Nodes = Annotated[int | None, typer.Option(help="Nodes of the cluster.")]
+Batch = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
+Sequence = Annotated[int | None, typer.Option("--seq", help="Tokens of a sequence.")]
+Phase = Annotated[str | None, typer.Option(help="train, prefill or decode.")]
+Planner = Annotated[str, typer.Option(help="Which planner: see `moeplan list planners`.")]
+TimeLimit = Annotated[float | None, typer.Option(help="Seconds after which the best plan so far is the answer.")]
+Gap = Annotated[float, typer.Option(help="Stop when proven within this share of the best; 0.01 is one per cent.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="A plan, or what `plan --json` wrote; without it, planned now.")
+]
+
+FIELDS = {
+    "model": "model",
+    "cluster": "cluster",
+    "nodes": "nodes",
+    "global_batch": "workload.global_batch",
+    "sequence": "workload.sequence",
+    "phase": "workload.phase",
+}
+"""The field that each flag sets where a scenario is named."""
+
+
+def given_flags(
+    model: str | None,
+    cluster: str | None,
+    nodes: int | None,
+    global_batch: int | None,
+    sequence: int | None,
+    phase: str | None,
+) -> dict[str, str | int]:
+    """The flags that were given."""
+    values = (model, cluster, nodes, global_batch, sequence, phase)
+    return {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
+
+
+def scenario_of(name: str | None, settings: list[str] | None, flags: Mapping[str, Any]) -> Scenario:
+    """The scenario that is named, or else made of a model and a cluster, after every `--set`."""
+    from moeplan.api import load
+    from moeplan.catalogue import scenario_from
+
+    changes = _changes(settings or [])
+    if name is not None:
+        given = {FIELDS[flag]: value for flag, value in flags.items()}
+        for key in given.keys() & changes.keys():
+            raise MoeplanError(f"--set {key}: is also given as a flag; give it once")
+        return load(name, given | changes)
+    missing = [flag for flag in ("model", "cluster", "global_batch", "sequence") if flag not in flags]
+    if missing:
+        words = ", ".join({"sequence": "--seq"}.get(flag, "--" + flag.replace("_", "-")) for flag in missing)
+        raise MoeplanError(f"no scenario is named, and {words} not given; name one (see `moeplan list scenarios`)")
+    return scenario_from(**flags, changes=changes)
+
+
+def _changes(settings: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise MoeplanError(f"--set {text!r}: is not key=value; write it as in --set nodes=4")
+        if key.strip() in found:
+            raise MoeplanError(f"--set {key.strip()}: is set twice; set it once")
+        found[key.strip()] = value
+    return found
+
+
+def grid_of(words: list[str]) -> dict[str, list[str]]:
+    """Each key with its values; a comma inside brackets, braces or quotes belongs to a value."""
+    found: dict[str, list[str]] = {}
+    for key, text in ((key, value) for word in words for key, value in _changes([word]).items()):
+        if key in found:
+            raise MoeplanError(f"{key}: is varied twice; write its values in one list, as in {key}=1,2")
+        found[key] = [
+            value.strip() for value in re.findall(r"""((?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+)""", text)
+        ]
+        if not found[key] or not all(found[key]) or text.count(",,") or text.startswith(",") or text.endswith(","):
+            raise MoeplanError(f"{key}={text}: a value is missing; write them as in {key}=1,2")
+    return found
+
+
+def noise_of(*, jitter: float, stragglers: int, slowdown: float | None, seed: int | None) -> Noise | None:
+    from moeplan.simulator.noise import Noise
+
+    if slowdown is not None and not stragglers:
+        raise MoeplanError(f"--slowdown {slowdown:g} has no effect without --stragglers; add it, or leave this out")
+    if seed is not None and not stragglers and not jitter:
+        raise MoeplanError(f"--seed {seed} has no effect without noise; add --jitter or --stragglers, or leave it out")
+    if not stragglers and not jitter:
+        return None
+    return Noise(jitter=jitter, stragglers=stragglers, slowdown=1.1 if slowdown is None else slowdown, seed=seed or 0)

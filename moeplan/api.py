@@ -1,0 +1,159 @@
+"""The verbs of the package: a scenario is loaded and planned, a plan is simulated, what came out is exported."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from types import MappingProxyType
+from typing import Any
+
+from moeplan import catalogue, menu
+from moeplan.compiler.compile_plan import compile_plan
+from moeplan.compiler.footprint import footprint
+from moeplan.cost.cost_model import CostModel
+from moeplan.domain.causes import breakdown_s
+from moeplan.domain.plan import Plan
+from moeplan.domain.result import Figures, PlanResult
+from moeplan.domain.scenario import Scenario
+from moeplan.domain.timeline import Timeline
+from moeplan.errors import MoeplanError
+from moeplan.simulator import simulate as simulator
+from moeplan.simulator.noise import Noise
+
+Progress = Callable[[str, float, float | None], None]
+"""Is told a message, how much is done, and of how much in all (None: nobody knows)."""
+Source = Scenario | str | PathLike[str] | Mapping[str, Any]
+"""A scenario, its name, the path of its file or of a result's, or its resolved document."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Simulation:
+    """One step of one plan in virtual time."""
+
+    scenario: Scenario
+    plan: Plan
+    timeline: Timeline
+    figures: Figures
+    noise: Noise | None
+
+
+def load(source: Source, changes: Mapping[str, object] = MappingProxyType({})) -> Scenario:
+    """The scenario that `source` means, after `changes`: `{"nodes": 4, "cluster.nic.bandwidth": "25 GB/s"}`.
+
+    A change may replace the whole model or cluster, and others then change what took its place. Raises CatalogueError.
+    """
+    given = source.document if isinstance(source, Scenario) else source
+    if isinstance(source, Scenario) and not changes:
+        return source
+    origin = given if isinstance(given, str | Mapping) else fspath(given)
+    wholes = changes.keys() & {"model", "cluster"}
+    inner = {key: value for key, value in changes.items() if key not in wholes and _section(key) in wholes}
+    if inner:
+        origin = catalogue.document(origin, {key: value for key, value in changes.items() if key not in inner})
+        changes = inner
+    return catalogue.load(origin, changes=changes)
+
+
+def _section(key: str) -> str:
+    return "cluster" if key == "nodes" else key.partition(".")[0]
+
+
+def plan(
+    scenario: Source,
+    *,
+    planner: str = "exhaustive",
+    time_limit_s: float | None = None,
+    gap: float = 0.0,
+    progress: Progress | None = None,
+) -> PlanResult:
+    """The best plan that the planner finds, with its certificate: no plan is faster than `lower_bound_s`.
+
+    The planner stops when the plan is proven within `gap` of the best (0.01: one per cent), or when the time is over.
+    Raises CatalogueError, and InfeasibleError if no plan fits.
+    """
+    if not 0 <= gap < float("inf"):
+        raise MoeplanError(f"gap: {gap} is no share of the step; use 0 (proven best) or more, such as 0.01")
+    if time_limit_s is not None and not 0 < time_limit_s < float("inf"):
+        raise MoeplanError(f"time limit: {time_limit_s} s is no time; use more than 0, such as 60")
+    run = menu.load("planners", planner, "plan")
+    found: PlanResult = run(load(scenario), time_limit_s=time_limit_s, gap=gap, progress=progress)
+    return found
+
+
+def simulate(
+    scenario: Source, plan: Plan | PlanResult | str | PathLike[str], *, noise: Noise | None = None
+) -> Simulation:
+    """One step of `plan` in virtual time; `plan` may be the path of a plan's or a result's file.
+
+    Whether the plan fits in memory is told in `figures.memory`, and not asked here. Raises PlanError if it is illegal.
+    """
+    problem, chosen = load(scenario), _plan_of(plan)
+    program = compile_plan(chosen, problem)
+    timeline = simulator.simulate(program, CostModel(gpu=problem.cluster.gpu), noise=noise)
+    figures = _figures(timeline, chosen, problem)
+    return Simulation(scenario=problem, plan=chosen, timeline=timeline, figures=figures, noise=noise)
+
+
+def _plan_of(plan: Plan | PlanResult | str | PathLike[str]) -> Plan:
+    if isinstance(plan, PlanResult):
+        return plan.plan
+    return plan if isinstance(plan, Plan) else catalogue.read_plan(fspath(plan))
+
+
+def _figures(timeline: Timeline, plan: Plan, scenario: Scenario) -> Figures:
+    memory = footprint(plan, scenario)
+    return Figures(
+        step_s=timeline.step_s,
+        mfu=timeline.mfu(scenario.cluster.gpu.peak_flops_per_s[plan.precision.compute]),
+        tokens_per_s_per_gpu=timeline.tokens_per_s_per_gpu,
+        peak_memory_bytes=max(stage.total for stage in memory),
+        breakdown_s=breakdown_s(timeline),
+        memory=memory,
+    )
+
+
+def export(
+    result: Simulation | Timeline | Plan | PlanResult,
+    path: str | PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002 - the word that a user looks for
+    **options: Any,
+) -> None:
+    """A file at `path` of what `result` holds, written whole or not at all by one dish of the exporters' menu.
+
+    Without a `format` the suffix of `path` chooses it. Raises MoeplanError if several formats, or none, have that
+    suffix, and where the path cannot be written.
+    """
+    name = format or _format_of(path, result)
+    dish = menu.load("exporters", name, "export")
+    noun = _noun(dish)
+    if (what := _nouns(result).get(noun)) is None:
+        raise MoeplanError(f"format {name!r} exports a {noun}, not a {type(result).__name__}; give it a {noun}")
+    dish(what, fspath(path), **options)
+
+
+def _nouns(result: Simulation | Timeline | Plan | PlanResult) -> dict[str, object]:
+    """What can be exported of a result, by the name that a dish's first argument has."""
+    if isinstance(result, Simulation):
+        return {"timeline": result.timeline, "plan": result.plan, "simulation": result}
+    if isinstance(result, PlanResult):
+        return {"plan": result.plan, "result": result}
+    return {"timeline" if isinstance(result, Timeline) else "plan": result}
+
+
+def _noun(dish: Callable[..., None]) -> str:
+    return next(iter(inspect.signature(dish).parameters))
+
+
+def _format_of(path: str | PathLike[str], result: Simulation | Timeline | Plan | PlanResult) -> str:
+    nouns, suffixes = _nouns(result), {}
+    for name in menu.names("exporters"):
+        if _noun(menu.load("exporters", name, "export")) in nouns:
+            suffixes[name] = menu.module("exporters", name).SUFFIXES
+    fitting = [name for name, known in suffixes.items() if fspath(path).lower().endswith(known)]
+    if len(fitting) == 1:
+        return fitting[0]
+    can = " and ".join(fitting) or "no format"
+    raise MoeplanError(f"{fspath(path)}: {can} can write this; say which format it shall be: {', '.join(suffixes)}")

@@ -1,0 +1,16 @@
+"""MENU: a scenario becomes a plan with its certificate. Each file is one planner; `--planner NAME` chooses it.
+
+A dish has
+
+    plan(scenario, *, time_limit_s=None, gap=0.0, progress=None) -> PlanResult
+
+`gap`: stop when the plan found is proven within that share of the best (0: proven best). `progress(message, done, total)` is
+called now and then. Raises InfeasibleError if no plan fits, with the constraint that binds and the smallest change that helps.
+
+Law (tests/contracts/test_planners.py): the plan is legal and fits, its figures are what the simulator says of it, and no
+plan of the space that anyone finds is faster than `lower_bound_s`. Example, a planner that takes the first legal plan:
+
+    def plan(scenario, *, time_limit_s=None, gap=0.0, progress=None):
+        space = enumerate_space(scenario)
+        ...
+"""

@@ -1,0 +1,234 @@
+"""What the parts of a plan cost, each looked up once: works by the cost model, exchanges by their busiest wire.
+
+Axes: K kinds of layer (equal layers are one; under uneven routing each layer with experts is its own), W works, P passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from moeplan.compiler.parts import Parts, Tokens
+from moeplan.compiler.route import Load, load_of
+from moeplan.compiler.traffic import Pattern, expand
+from moeplan.cost.cost_model import CostModel
+from moeplan.domain.model import Layer
+from moeplan.domain.plan import DTYPE_BYTES, Plan
+from moeplan.domain.program import Exchange, Floats, Pass
+from moeplan.domain.scenario import Scenario
+
+WORKS = ("mixer", "router", "dense", "shared", "merge")
+ENDS = ("embedding", "head", "prediction")
+PASSES = (Pass.FORWARD, Pass.BACKWARD, Pass.INPUT_GRADIENT, Pass.WEIGHT_GRADIENT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A kind of layer; `moe` counts the layers with experts before the one that stands for it."""
+
+    layer: Layer
+    moe: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wire:
+    """Seconds of an exchange of x bytes, no matter what else is on the wires: at least latency_s + x * per_byte_s."""
+
+    latency_s: float
+    per_byte_s: float
+
+
+@dataclass
+class Prices:
+    """Costs by what they depend on."""
+
+    scenario: Scenario
+    cache: dict[tuple[object, ...], object] = field(default_factory=dict)
+
+    @cached_property
+    def cost_model(self) -> CostModel:
+        """Of the cluster's GPU."""
+        return CostModel(gpu=self.scenario.cluster.gpu)
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether routing is even, judged where it could be least: with the largest expert-parallel group."""
+        if self.scenario.routing is None:
+            return True
+        experts = min(layer.experts.num_experts for layer in self.scenario.model.all_layers if layer.experts)
+        load = load_of(self.scenario, self._plan(ep=experts), rank_tokens=4096)
+        return load is None or load.is_even
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Kind, ...], tuple[int, ...], tuple[int, ...]]:
+        """The kinds, and which kind each layer of the model, and each layer of multi-token prediction, is."""
+        found: dict[tuple[int, int], int] = {}
+        kinds: list[Kind] = []
+        moe, model = 0, self.scenario.model
+
+        def number(layer: Layer, moe: int) -> int:
+            key = (id(layer), -1 if self.is_even or not layer.is_moe else moe)
+            if key not in found:
+                found[key] = len(kinds)
+                kinds.append(Kind(layer=layer, moe=moe))
+            return found[key]
+
+        layers = []
+        for layer in model.all_layers:
+            layers.append(number(layer, moe))
+            moe += layer.is_moe
+        extra = model.mtp.layers * model.mtp.depth if model.mtp else ()
+        return tuple(kinds), tuple(layers), tuple(number(layer, max(0, moe - 1)) for layer in extra)
+
+    def _plan(self, **degrees: object) -> Plan:
+        choices = self.scenario.choices
+        given: dict[str, object] = {"dp": 1, "stages": (1,), "precision": choices.precision, "capacity": choices.capacity}
+        return Plan(**(given | degrees))  # type: ignore[arg-type]
+
+    # ---- works
+
+    def layers(self, tp: int, cp: int, micro_batch: int, recompute: str) -> tuple[Floats, Floats]:
+        """Seconds [kind, work, pass] of what is no routed expert, and [end, pass] of the model's ends."""
+        key = ("layers", tp, cp, micro_batch, recompute == "selective")
+        if key not in self.cache:
+            self.cache[key] = self._layers(self._plan(tp=tp, cp=cp, micro_batch=micro_batch, recompute=recompute))
+        return self.cache[key]  # type: ignore[return-value]
+
+    def _layers(self, plan: Plan) -> tuple[Floats, Floats]:
+        parts = self._parts(plan, None)
+        table_KWP = np.zeros((len(self.kinds[0]), len(WORKS), len(PASSES)))
+        known: dict[int, int] = {}
+        for k, kind in enumerate(self.kinds[0]):
+            if id(kind.layer) in known:
+                table_KWP[k] = table_KWP[known[id(kind.layer)]]
+                continue
+            known[id(kind.layer)] = k
+            for p, which in enumerate(PASSES):
+                for w, unit in enumerate(self._units(parts, kind.layer, which)):
+                    table_KWP[k, w, p] = self._seconds(parts, unit)
+        ends_EP = np.zeros((len(ENDS), len(PASSES)))
+        for p, which in enumerate(PASSES):
+            ends_EP[0, p] = self._seconds(parts, parts.embedding(which))
+            ends_EP[1, p] = self._seconds(parts, parts.head(which))
+            if self.scenario.model.mtp is not None:
+                ends_EP[2, p] = self._seconds(parts, parts.prediction(which))
+        return table_KWP, ends_EP
+
+    @staticmethod
+    def _units(parts: Parts, layer: Layer, which: Pass) -> tuple[int | None, ...]:
+        """The works of WORKS that the layer has; a router that runs with its mixer is part of that."""
+        experts = layer.experts
+        routed = layer.is_moe and bool(layer.blocks) and parts.plan.tp == 1
+        return (
+            parts.mixer(layer, which, routed=routed) if layer.blocks else None,
+            parts.router(layer, which) if experts and not routed else None,
+            parts.dense(layer, which) if layer.feed_forward and not experts else None,
+            parts.shared(experts, which) if experts else None,
+            parts.merge(experts, which) if experts else None,
+        )
+
+    def _parts(self, plan: Plan, load: Load | None) -> Parts:
+        return Parts(model=self.scenario.model, plan=plan, workload=self.scenario.workload, load=load)
+
+    def _seconds(self, parts: Parts, unit: int | None) -> float:
+        return 0.0 if unit is None else self.cost_model.cost(parts.works[unit]).seconds
+
+    def load(self, ep: int, etp: int, tp: int, cp: int, micro_batch: int) -> tuple[Plan, Load | None]:
+        """The routing of one micro-batch over `ep` places."""
+        plan = self._plan(ep=ep, etp=etp, tp=tp, cp=cp, micro_batch=micro_batch)
+        return plan, load_of(self.scenario, plan, rank_tokens=Tokens.of(plan, self.scenario.workload).rank)
+
+    def experts(self, ep: int, etp: int, rank_tokens: int, parts_n: int, *, plan: Plan, load: Load | None) -> Floats:
+        """Seconds [kind, pass] of the experts at the hottest place, on the smallest of `parts_n` parts."""
+        key = ("experts", ep, etp, rank_tokens, parts_n, plan.recompute == "selective")
+        if key not in self.cache:
+            self.cache[key] = self._experts(plan.model_copy(update={"overlap_degree": parts_n}), load)
+        return self.cache[key]  # type: ignore[return-value]
+
+    def _experts(self, plan: Plan, load: Load | None) -> Floats:
+        parts = self._parts(plan, load)
+        table_KP = np.zeros((len(self.kinds[0]), len(PASSES)))
+        for k, kind in enumerate(self.kinds[0]):
+            if kind.layer.experts is None or load is None:
+                continue
+            place = hottest(load, kind.moe)
+            for p, which in enumerate(PASSES):
+                unit = parts.experts(kind.layer.experts, which, moe=kind.moe, place=place, part=0)
+                table_KP[k, p] = self._seconds(parts, unit)
+        return table_KP
+
+    def optimizer_s(self, parameters: Floats) -> Floats:
+        """Seconds of the update, which is bound by memory: a part that grows with the weights, never less than a launch."""
+        parts = self._parts(self._plan(), None)
+        per_weight = self._seconds(parts, parts.optimizer(1e12)) / 1e12
+        return np.maximum(parameters * per_weight, self.cost_model.gpu.kernel_launch_s)
+
+    # ---- wires
+
+    def ring(self, members: tuple[int, ...]) -> Wire:
+        """An all-gather (or reduce-scatter) among `members`; an all-reduce is two."""
+        return self._wire("all_gather", "ring", members)
+
+    def send(self, source: int, target: int) -> Wire:
+        """From one GPU to another."""
+        return self._wire("send", "", (source, target))
+
+    def all_to_all(self, members: tuple[int, ...], algorithm: str) -> Wire:
+        """Equal shares between `members`."""
+        return self._wire("all_to_all", algorithm, members)
+
+    def _wire(self, operation: str, algorithm: str, members: tuple[int, ...]) -> Wire:
+        key = ("wire", operation, algorithm, members)
+        if key not in self.cache:
+            self.cache[key] = Wire(latency_s=0.0, per_byte_s=0.0) if len(members) == 1 else self._load_wire(
+                operation, algorithm, members, None
+            )[0]
+        return self.cache[key]  # type: ignore[return-value]
+
+    def uneven(
+        self, members: tuple[int, ...], algorithm: str, share_GG: Floats, *, place: int
+    ) -> tuple[Wire, Wire, Wire]:
+        """All-to-alls with these shares: out until all are done, out until `place` has its own, and back until all are done."""
+        out = self._load_wire("all_to_all", algorithm, members, share_GG, hottest=members[place])
+        back = self._load_wire("all_to_all", algorithm, members, np.ascontiguousarray(share_GG.T))
+        return (*out, back[0])
+
+    def _load_wire(
+        self, operation: str, algorithm: str, members: tuple[int, ...], share_GG: Floats | None, *, hottest: int = -1
+    ) -> tuple[Wire, Wire]:
+        exchange = Exchange(
+            kind="", operation=operation, algorithm=algorithm, groups_NG=np.array([members], np.int64), size_bytes=1.0,
+            share_GG=share_GG,
+        )  # fmt: skip
+        pattern = expand(exchange, self.scenario.cluster)
+        everyone = np.ones(len(pattern.source_F), bool)
+        mine = (pattern.source_F == hottest) | (pattern.target_F == hottest)
+        return self._busiest(pattern, everyone), self._busiest(pattern, mine | (pattern.phase_F < pattern.phase_F.max()))
+
+    def _busiest(self, pattern: Pattern, chosen_F: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Wire:
+        """Over the phases: their latency and the busiest link of the chosen transfers."""
+        latency = per_byte = 0.0
+        for phase in range(int(pattern.phase_F.max(initial=-1)) + 1):
+            now = pattern.phase_F == phase
+            latency += float(pattern.delay_s_F[now].max(initial=0.0))
+            paths = pattern.paths_FH[now & chosen_F]
+            row, hop = np.nonzero(paths >= 0)
+            if len(row):
+                links, index = np.unique(paths[row, hop], return_inverse=True)
+                load = np.bincount(index, weights=pattern.share_F[now & chosen_F][row])
+                per_byte += float((load / self.scenario.cluster.bandwidth_bytes_per_s_K[links]).max())
+        return Wire(latency_s=latency, per_byte_s=per_byte)
+
+    def element_bytes(self, what: str) -> float:
+        """Bytes of an element of a class of operands."""
+        return DTYPE_BYTES[getattr(self.scenario.choices.precision, what)]
+
+
+def hottest(load: Load, moe: int) -> int:
+    """The place that gets the most tokens of a layer."""
+    if load.is_even:
+        return 0
+    tokens_SE = load.tokens_SE_by_layer[moe]
+    return int(tokens_SE.sum(axis=0).reshape(load.num_places, -1).sum(axis=1).argmax())
