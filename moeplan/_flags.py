@@ -61,17 +61,19 @@ def given_flags(
     return {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
 
 
-def scenario_of(name: str | None, settings: list[str] | None, flags: Mapping[str, Any]) -> Scenario:
-    """The scenario that is named, or else made of a model and a cluster, after every `--set`."""
+def scenario_of(
+    source: str | Mapping[str, Any] | None, settings: list[str] | None, flags: Mapping[str, Any]
+) -> Scenario:
+    """The scenario that is given, or else made of a model and a cluster, after every `--set`."""
     from moeplan.api import load
     from moeplan.catalogue import scenario_from
 
     changes = _changes(settings or [])
-    if name is not None:
+    if source is not None:
         given = {FIELDS[flag]: value for flag, value in flags.items()}
         for key in given.keys() & changes.keys():
             raise MoeplanError(f"--set {key}: is also given as a flag; give it once")
-        return load(name, given | changes)
+        return load(source, given | changes)
     missing = [flag for flag in ("model", "cluster", "global_batch", "sequence") if flag not in flags]
     if missing:
         words = ", ".join({"sequence": "--seq"}.get(flag, "--" + flag.replace("_", "-")) for flag in missing)

@@ -43,7 +43,9 @@ class Screen:
             self.line()
             self.line(title, style="bold")
         pretty = self.console.is_terminal
-        table = Table(box=box.SIMPLE_HEAD if pretty else None, header_style="dim" if pretty else "", pad_edge=False)
+        table = Table(
+            box=box.SIMPLE_HEAD if pretty and any(heads) else None, header_style="dim" if pretty else "", pad_edge=False
+        )
         table.show_header = any(heads)
         for place, head in enumerate(heads):
             side: Any = "right" if right[place : place + 1] == "r" else "left"
@@ -61,7 +63,7 @@ class Screen:
     def bar(self, share: float) -> str:
         """A bar as long as a share of the whole."""
         block = "\u2588" if self.console.encoding.startswith("utf") else "#"
-        return block * max(round(share * _BAR_CELLS), 1 if share > 0 else 0)
+        return block * round(share * _BAR_CELLS)
 
 
 def _one_line(text: str) -> str:
@@ -70,7 +72,7 @@ def _one_line(text: str) -> str:
 
 def print_json(document: object) -> None:
     """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def print_result(result: PlanResult, scenario: Scenario) -> None:
@@ -106,7 +108,7 @@ def plan_in_words(plan: Plan, scenario: Scenario) -> list[tuple[str, str]]:
     rows = [
         ("in short", in_short(plan)),
         ("layout", f"{plan.world_size:,} GPUs = pp {plan.pp} x dp {plan.dp} x cp {plan.cp} x tp {plan.tp}"),
-        ("experts", f"ep {plan.ep} x etp {plan.etp}, {plan.edp} replicas of each")
+        ("experts", f"ep {plan.ep} x etp {plan.etp}, each held {plan.edp:,} times")
         if scenario.model.moe_layers
         else None,
         ("rank order", f"{plan.rank_order}, the nearest first"),
@@ -114,12 +116,16 @@ def plan_in_words(plan: Plan, scenario: Scenario) -> list[tuple[str, str]]:
         ("schedule", f"{plan.schedule}, {count:,} micro-batches of {plan.micro_batch} for each replica"),
         ("ZeRO", f"dense {plan.zero_dense}, experts {plan.zero_expert}; gradients {gradients}"),
         ("recompute", plan.recompute),
-        ("all-to-all", f"{plan.all_to_all}, each layer in {plan.overlap_degree} parts") if plan.ep > 1 else None,
+        ("all-to-all", f"{plan.all_to_all}, {_parts(plan.overlap_degree)}") if plan.ep > 1 else None,
         ("links", f"{plan.arbitration} between concurrent exchanges"),
         ("precision", f"products {plan.precision.compute}, weights {plan.precision.weights}"),
     ]
     training = scenario.workload.is_training
     return [row for row in rows if row is not None and (training or row[0] not in ("ZeRO", "recompute"))]
+
+
+def _parts(degree: int) -> str:
+    return "not overlapped with experts" if degree == 1 else f"each layer's tokens in {degree} parts that overlap"
 
 
 def _runs(stages: Sequence[int]) -> str:
@@ -131,10 +137,15 @@ def _runs(stages: Sequence[int]) -> str:
 def _speed(figures: Figures | PlanResult) -> list[tuple[str, str]]:
     return [
         ("step", show(figures.step_s, "s")),
-        ("throughput", f"{figures.tokens_per_s_per_gpu:,.4g} tokens/s on each GPU"),
-        ("MFU", show(figures.mfu, "share")),
+        ("throughput", f"{_count(figures.tokens_per_s_per_gpu)} tokens/s on each GPU"),
+        ("MFU", f"{100 * figures.mfu:.1f} %"),
         ("peak memory", show(figures.peak_memory_bytes, "B")),
     ]
+
+
+def _count(number: float) -> str:
+    """Four figures, thousands apart."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def certificate(result: PlanResult) -> str:
@@ -159,7 +170,10 @@ def _why(screen: Screen, figures: Figures | PlanResult) -> None:
     shares = [
         (name, seconds, seconds / figures.step_s if figures.step_s else 0.0) for name, seconds in causes if seconds
     ]
-    rows = [(name, show(seconds, "s"), show(share, "share"), screen.bar(share)) for name, seconds, share in shares]
+    rows = [
+        (name.replace("_", " "), show(seconds, "s"), f"{100 * share:.1f} %", screen.bar(share))
+        for name, seconds, share in shares
+    ]
     screen.table(("busiest GPU", "time", "of the step", ""), rows, title="Where the step goes", right="lrrl")
     _memory(screen, figures.memory)
 
@@ -173,7 +187,7 @@ def _memory(screen: Screen, memory: Sequence[StageMemory]) -> None:
         (
             str(stage.stage),
             *(show(getattr(stage, name), "B") for name in (*parts, "total", "usable")),
-            show(stage.total / stage.usable, "share") + (" does not fit" if stage.total > stage.usable else ""),
+            f"{100 * stage.total / stage.usable:.1f} %" + (", does not fit" if stage.total > stage.usable else ""),
         )
         for stage in memory
     ]

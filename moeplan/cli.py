@@ -58,6 +58,12 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the end
+        else:
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="moeplan")
 
 
@@ -158,10 +164,11 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run one step of a plan in virtual time: step time, where it goes, memory, traces and pictures."""
+    files = _checked({"perfetto": trace, "gantt": plot, "heatmap": heatmap})
     noise = noise_of(jitter=jitter, stragglers=stragglers, slowdown=slowdown, seed=seed)
     flags = given_flags(model, cluster, nodes, global_batch, sequence, phase)
     problem, chosen = _problem_and_plan(scenario, plan_file, settings, flags)
-    _simulated(problem, chosen, noise, files={"perfetto": trace, "gantt": plot, "heatmap": heatmap}, as_json=as_json)
+    _simulated(problem, chosen, noise, files=files, as_json=as_json)
 
 
 @app.command(name="export")
@@ -176,11 +183,9 @@ def export_command(
     settings: Settings = None,
 ) -> None:
     """Write a plan's step in one format of the exporters' menu."""
-    from moeplan.menu import module
-
-    module("exporters", format_name)
+    files = _checked({format_name: path})
     problem, chosen = _problem_and_plan(scenario, plan_file, settings, {})
-    _simulated(problem, chosen, None, files={format_name: path}, as_json=None)
+    _simulated(problem, chosen, None, files=files, as_json=None)
 
 
 @app.command(name="what-if")
@@ -295,17 +300,35 @@ def _problem_and_plan(
 ) -> tuple[Scenario, Plan]:
     """The scenario and the plan; a result's file holds both, and without a plan one is sought."""
     from moeplan.catalogue import read_plan
+    from moeplan.catalogue.files import read
 
     if plan_file is None:
         problem = scenario_of(name, settings, flags)
         return problem, _planned(problem).plan
     chosen = read_plan(plan_file)
-    is_whole = name is None and not {"model", "cluster"} <= flags.keys()
-    return scenario_of(str(plan_file.absolute()) if is_whole else name, settings, flags), chosen
+    if name is not None or {"model", "cluster"} <= flags.keys():
+        return scenario_of(name, settings, flags), chosen
+    document = read(plan_file).data.get("scenario")
+    if not isinstance(document, dict):
+        raise MoeplanError(f"{plan_file}: holds a plan without its scenario; name the scenario before --plan")
+    return scenario_of(document, settings, flags), chosen
+
+
+def _checked(files: Mapping[str, Path | None]) -> dict[str, Path]:
+    """The files that are asked for, by format; what cannot be written is found before the work and not after it."""
+    from moeplan import menu
+    from moeplan.exporters import suffix_of
+
+    asked = {name: path for name, path in files.items() if path is not None}
+    for name, path in asked.items():
+        suffix_of(path, menu.load("exporters", name, "SUFFIXES"))
+        if not path.parent.is_dir():
+            raise MoeplanError(f"{path}: there is no folder {path.parent}; make it, or use another path")
+    return asked
 
 
 def _simulated(
-    problem: Scenario, plan: Plan, noise: Noise | None, *, files: Mapping[str, Path | None], as_json: bool | None
+    problem: Scenario, plan: Plan, noise: Noise | None, *, files: Mapping[str, Path], as_json: bool | None
 ) -> None:
     """One step, the files that are asked for, and then the figures (`as_json` None: no figures)."""
     from moeplan import api
@@ -315,16 +338,15 @@ def _simulated(
         progress("running the step", 0, None)
         found = api.simulate(problem, plan, noise=noise)
         for name, path in files.items():
-            if path is not None:
-                progress(f"writing {path}", 0, None)
-                api.export(found, path, format=name)
+            progress(f"writing {path}", 0, None)
+            api.export(found, path, format=name)
     if as_json:
         _print_simulation(found)
     elif as_json is not None:
         from moeplan._screen import print_figures
 
         print_figures(found.figures, found.plan, problem)
-    for path in filter(None, files.values()):
+    for path in files.values():
         print(f"wrote {path}", file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from moeplan.api import Progress, Source, load, plan, simulate
+from moeplan.api import Progress, Source, check_search, load, plan, simulate
 from moeplan.compiler.footprint import check_memory
 from moeplan.compiler.legal import check_plan
 from moeplan.domain.plan import Plan
@@ -70,6 +70,9 @@ class _Search:
     time_limit_s: float | None
     gap: float
     progress: Progress | None
+
+    def __post_init__(self) -> None:
+        check_search(planner=self.planner, time_limit_s=self.time_limit_s, gap=self.gap)
 
     def __call__(self, scenario: Scenario, label: str) -> PlanResult:
         tell = self.progress

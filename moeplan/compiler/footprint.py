@@ -1,44 +1,41 @@
 """Peak memory of a plan, one GPU for each pipeline rank, the hottest under uneven routing; and whether it fits.
 
-Two factors, computed apart and cached by what they depend on, for a planner asks tens of thousands of times: `states` are
-there all the time, `held` comes and goes with micro-batches. Their sum is the `footprint`.
+Two factors, computed apart and cached by what they depend on, for a planner asks tens of thousands of times: `states`
+are there all the time, `held` comes and goes with micro-batches. Their sum is the `footprint`.
 
-Counted at the peak: what micro-batches left behind, at the worst moment of the rank's real order, and on top of it the
-largest of each kind of what is there for a moment: a layer made again with the gradients at its widest kernel, buffers of
-the exchanges of a layer. An upper bound, as those need not meet. A rank that runs two passes at once has the latter twice.
+Counted at the peak: what micro-batches left behind and the layer that is made again, at the worst moment of the rank's
+real order, and on top of it the gradients at the widest kernel and the buffers of the largest exchanges of a layer. An
+upper bound, as those need not meet. A rank that runs two passes at once has the latter twice.
 
-Left out: what a framework holds beside tensors (the GPU's `usable_memory` leaves room for it), copies of weights in FP8,
-a copy of the scores over the vocabulary in half precision.
+Left out: what a framework holds beside tensors (the GPU's `usable_memory` leaves room for it), copies of weights in
+FP8, a copy of the scores over the vocabulary in half precision.
 
-Axes: P pipeline rank, V virtual stage, R row of bytes (the embedding, each layer, the head with what predicts further
-tokens), M layer with experts, G place in the expert-parallel group, K moment, C what is held by chunk (see cost/memory.py).
+Axes: P pipeline rank, V virtual stage, R row of bytes (the embedding, each layer, the head), G place in the
+expert-parallel group, K moment, C what is held, by kind and chunk (see cost/memory.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from moeplan import menu
 from moeplan.compiler.legal import problems
-from moeplan.compiler.parts import Parts, Tokens
-from moeplan.compiler.route import Load, load_of
+from moeplan.compiler.micro_batch import TOKENS, Asked, Rows, asked_of, rows_of
+from moeplan.compiler.parts import Parts
 from moeplan.compiler.sharding import weights_of
 from moeplan.compiler.stages import VirtualStage, pipeline
 from moeplan.cost import memory
 from moeplan.cost.memory import Memory
-from moeplan.domain.feed_forward import DenseFeedForward, Experts
 from moeplan.domain.model import Layer
-from moeplan.domain.operators import Operator
 from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats, Ints
 from moeplan.domain.result import StageMemory
 from moeplan.domain.scenario import Scenario
 
-TOKENS = ("tp", "cp", "ep", "etp", "micro_batch", "precision", "capacity")
 _STAGES = ("dp", "pp", "vpp", "stages", "schedule")
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "logits", "cache")
 
@@ -56,7 +53,9 @@ def footprint(plan: Plan, scenario: Scenario) -> tuple[StageMemory, ...]:
 
 def states(plan: Plan, scenario: Scenario) -> Memory:
     """Weights, gradients and optimizer of each pipeline rank, and what ZeRO gathers of them (in `buffers_P`)."""
-    return _states(asked_of(plan, scenario, "ep", "etp", "tp", "cp", "zero_dense", "zero_expert", "precision", *_STAGES))
+    return _states(
+        asked_of(plan, scenario, "ep", "etp", "tp", "cp", "zero_dense", "zero_expert", "precision", *_STAGES)
+    )
 
 
 def held(plan: Plan, scenario: Scenario) -> Memory:
@@ -82,9 +81,13 @@ def _bounds(plan: Plan) -> Ints:
     return bounds
 
 
-def _sums(rows_RG: Floats, bounds: Ints) -> Floats:
-    """Sum over the rows of each virtual stage. Exact: bytes are whole or halves, far below 2 ** 52."""
-    until_RG = np.concatenate([np.zeros_like(rows_RG[:1]), np.cumsum(rows_RG, axis=0)])
+def _until(rows_RG: Floats) -> Floats:
+    """Sums of the rows before each row, and of all. Exact: bytes are whole or halves, far below 2 ** 52."""
+    return np.concatenate([np.zeros_like(rows_RG[:1]), np.cumsum(rows_RG, axis=0)])
+
+
+def _between(until_RG: Floats, bounds: Ints) -> Floats:
+    """Sum over the rows of each virtual stage."""
     found_VG: Floats = until_RG[bounds[1:]] - until_RG[bounds[:-1]]
     return found_VG
 
@@ -134,7 +137,7 @@ def _states(asked: Asked) -> Memory:
 def _kind_states(rows_R: Floats, plan: Plan, *, replicas: int, zero: int, training: bool) -> Memory:
     """States of one of the two kinds of weights; serving has the weights alone, whole."""
     virtual, bounds = _virtual(plan.schedule, plan.pp, plan.vpp), _bounds(plan)
-    parameters_P = _sums(rows_R, bounds)[virtual].sum(axis=1)
+    parameters_P = _between(_until(rows_R), bounds)[virtual].sum(axis=1)
     weights_P, gradients_P, optimizer_P = memory.state_bytes(
         parameters_P, replicas=replicas, zero=zero if training else 0, precision=plan.precision
     )
@@ -147,7 +150,8 @@ def _kind_states(rows_R: Floats, plan: Plan, *, replicas: int, zero: int, traini
         ends_R[[0, -1]] = rows_R[[0, -1]]
         gathered_P = memory.gathered_bytes(
             parameters_P, largest_layer=_largest(rows_R - ends_R, bounds)[virtual].max(axis=1),
-            ends=_sums(ends_R, bounds)[virtual].sum(axis=1), replicas=replicas, zero=zero, precision=plan.precision,
+            ends=_between(_until(ends_R), bounds)[virtual].sum(axis=1), replicas=replicas, zero=zero,
+            precision=plan.precision,
         )  # fmt: skip
     return _memory(plan.pp, weights_P=weights_P, gradients_P=gradients_P, optimizer_P=optimizer_P, buffers_P=gathered_P)
 
@@ -165,40 +169,67 @@ def _moments(schedule: str, pp: int, vpp: int, microbatches: int) -> tuple[Float
     """The moments of each pipeline rank at which it may hold most, and the most passes it runs at once."""
     orders = menu.load("schedules", schedule, "actions")(pp, microbatches, num_chunks=vpp)
     found = [memory.moments(order, num_chunks=vpp) for order in orders]
-    moments_PKC = np.zeros((pp, max(map(len, found)), 2 * vpp))
+    moments_PKC = np.zeros((pp, max(map(len, found)), 3 * vpp))
     for rank, counts_KC in enumerate(found):
         moments_PKC[rank, : len(counts_KC)] = counts_KC
     return moments_PKC, np.array([max(map(len, order)) for order in orders], np.int64)
 
 
-@lru_cache(maxsize=8192)
-def _held(asked: Asked) -> Memory:
-    plan, rows = asked.plan, rows_of(asked.only(*TOKENS, "dp"))
-    virtual, bounds = _virtual(plan.schedule, plan.pp, plan.vpp), _bounds(plan)
-    precision = plan.precision
-    transit_RG = memory.transit_bytes(
-        sent=rows.sent_RG, received=rows.received_RG, overlap_degree=plan.overlap_degree,
-        element_bytes=(DTYPE_BYTES[precision.dispatch], DTYPE_BYTES[precision.combine]),
-    )  # fmt: skip
-    buffers_PG = _largest(transit_RG + rows.gather_RG, bounds)[virtual].max(axis=1)
-    if not asked.scenario.workload.is_training:
-        return _served(rows, plan, buffers_PG)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Policy:
+    """Bytes of one micro-batch by row and place under a recompute policy; `until` are sums of rows, see `_until`."""
+
+    stays_until_RG: Floats
+    waits_until_RG: Floats
+    """What is held from I to W."""
+    again_RG: Floats
+    """What is made again while the layer's backward pass runs."""
+    local_RG: Floats
+    """Gradients at the widest kernel while it runs; serving: what flows through a layer, too."""
+    buffers_RG: Floats
+
+
+@lru_cache(maxsize=256)
+def _policy(asked: Asked) -> _Policy:
+    plan, rows, training = asked.plan, rows_of(asked.only(*TOKENS)), asked.scenario.workload.is_training
     stays_RG, again_RG = memory.by_policy(
         plan.recompute, inputs=rows.inputs_RG, kept=rows.kept_RG, dropped=rows.dropped_RG
     )
-    local_PG = _largest(again_RG + rows.work_RG, bounds)[virtual].max(axis=1)
-    microbatches = plan.num_microbatches(asked.scenario.workload.global_batch)
-    moments_PKC, passes_P = _moments(plan.schedule, plan.pp, plan.vpp, microbatches)
+    transit_RG = memory.transit_bytes(
+        sent=rows.sent_RG, received=rows.received_RG, overlap_degree=plan.overlap_degree,
+        element_bytes=(DTYPE_BYTES[plan.precision.dispatch], DTYPE_BYTES[plan.precision.combine]),
+    )  # fmt: skip
+    return _Policy(
+        stays_until_RG=_until(stays_RG), waits_until_RG=_until(rows.weight_input_RG), again_RG=again_RG,
+        local_RG=rows.work_RG + (0.0 if training else 2.0) * rows.inputs_RG, buffers_RG=transit_RG + rows.gather_RG,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8192)
+def _held(asked: Asked) -> Memory:
+    plan, workload = asked.plan, asked.scenario.workload
+    rows, policy = rows_of(asked.only(*TOKENS)), _policy(asked.only("recompute", "overlap_degree", *TOKENS))
+    virtual, bounds = _virtual(plan.schedule, plan.pp, plan.vpp), _bounds(plan)
     scores_PC1 = _scores(rows, virtual, len(plan.stages))
-    kept_PCG = np.concatenate([_sums(stays_RG, bounds)[virtual], _sums(rows.weight_input_RG, bounds)[virtual]], axis=1)
+    local_PG = _largest(policy.local_RG, bounds)[virtual].max(axis=1)
+    buffers_PG = _largest(policy.buffers_RG, bounds)[virtual].max(axis=1)
+    ranks = np.arange(plan.pp)
+    if not workload.is_training:
+        place_P = (local_PG + buffers_PG).argmax(axis=1)
+        return _memory(
+            plan.pp, activations_P=local_PG[ranks, place_P], buffers_P=buffers_PG[ranks, place_P],
+            logits_P=scores_PC1[:, : plan.vpp, 0].sum(axis=1),
+            cache_P=workload.global_batch / plan.dp * _between(_until(rows.cache_R), bounds)[virtual].sum(axis=1),
+        )  # fmt: skip
+    kept_VG, waits_VG = _between(policy.stays_until_RG, bounds), _between(policy.waits_until_RG, bounds)
+    moments_PKC, passes_P = _moments(plan.schedule, plan.pp, plan.vpp, plan.num_microbatches(workload.global_batch))
+    again_VG = _largest(policy.again_RG, bounds)
+    kept_PCG = np.concatenate([kept_VG[virtual], waits_VG[virtual], again_VG[virtual]], axis=1)
     peak_PG, moment_PG = memory.peak_bytes(moments_PKC, kept_PCG + scores_PC1)
-    ranks, passes_P1 = np.arange(plan.pp), passes_P[:, None]
-    place_P = (peak_PG + passes_P1 * (local_PG + buffers_PG)).argmax(axis=1)
-    at_peak_PC = moments_PKC[ranks, moment_PG[ranks, place_P]]
-    logits_P = (at_peak_PC * scores_PC1[:, :, 0]).sum(axis=1)
-    kept_P = peak_PG[ranks, place_P] - logits_P
+    place_P = (peak_PG + passes_P[:, None] * (local_PG + buffers_PG)).argmax(axis=1)
+    logits_P = (moments_PKC[ranks, moment_PG[ranks, place_P]] * scores_PC1[:, :, 0]).sum(axis=1)
     return _memory(
-        plan.pp, activations_P=kept_P + passes_P * local_PG[ranks, place_P],
+        plan.pp, activations_P=peak_PG[ranks, place_P] - logits_P + passes_P * local_PG[ranks, place_P],
         buffers_P=passes_P * buffers_PG[ranks, place_P], logits_P=logits_P,
     )  # fmt: skip
 
@@ -206,19 +237,10 @@ def _held(asked: Asked) -> Memory:
 def _scores(rows: Rows, virtual: Ints, num_stages: int) -> Floats:
     """Scores over the vocabulary that a micro-batch leaves in each chunk: in the last virtual stage alone."""
     is_last = virtual == num_stages - 1
-    found: Floats = np.concatenate([is_last * rows.logits, is_last * rows.weight_logits], axis=1)[:, :, None]
+    found: Floats = np.concatenate([is_last * each for each in (rows.logits, rows.weight_logits, 0.0)], axis=1)[
+        :, :, None
+    ]
     return found
-
-
-def _served(rows: Rows, plan: Plan, buffers_PG: Floats) -> Memory:
-    """Serving keeps nothing but the cache: what flows in and out of a layer, its widest kernel, one exchange."""
-    virtual, bounds = _virtual(plan.schedule, plan.pp, plan.vpp), _bounds(plan)
-    local_PG = _largest(2 * rows.inputs_RG + rows.work_RG, bounds)[virtual].max(axis=1)
-    ranks, place_P = np.arange(plan.pp), (local_PG + buffers_PG).argmax(axis=1)
-    return _memory(
-        plan.pp, activations_P=local_PG[ranks, place_P], buffers_P=buffers_PG[ranks, place_P],
-        logits_P=_scores(rows, virtual, len(plan.stages))[:, 0, 0], cache_P=_sums(rows.cache_R, bounds)[virtual].sum(axis=1),
-    )  # fmt: skip
 
 
 # ---- whether it fits
@@ -248,7 +270,8 @@ def _remedy(plan: Plan, scenario: Scenario, worst: StageMemory) -> str:
         other = plan.model_copy(update=change)
         if next(problems(other, scenario), None) is None and _fits(other, scenario):
             return "use " + " and ".join(f"{name} {value}" for name, value in change.items())
-    return f"no other micro_batch, recompute or ZeRO stage helps; use more GPUs, {worst.total / worst.usable:.1f} times as many or more"
+    times = worst.total / worst.usable
+    return f"no other micro_batch, recompute or ZeRO stage helps; use more GPUs, {times:.1f} times as many or more"
 
 
 def _fits(plan: Plan, scenario: Scenario) -> bool:
@@ -256,8 +279,8 @@ def _fits(plan: Plan, scenario: Scenario) -> bool:
     return bool(total_P.max() <= scenario.cluster.gpu.usable_memory_bytes)
 
 
-def _changes(plan: Plan, scenario: Scenario) -> Iterator[dict[str, object]]:
-    """The cheapest in time first: recompute a little, shard more, smaller micro-batches, recompute all, all of these."""
+def _changes(plan: Plan, scenario: Scenario) -> Iterator[Mapping[str, object]]:
+    """The cheapest in time first: recompute a little, shard more, smaller micro-batches, recompute all, all of it."""
     smaller = [{"micro_batch": size} for size in range(plan.micro_batch - 1, 0, -1) if plan.micro_batch % size == 0]
     if not scenario.workload.is_training:
         yield from smaller

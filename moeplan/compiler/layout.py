@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moeplan.compiler.blocks import Block
+from moeplan.compiler.blocks import ENTRY, Block
 from moeplan.compiler.ranks import ranks_of_stage
 from moeplan.compiler.stages import Pipeline
 from moeplan.compiler.step import StepBlock
@@ -14,7 +14,8 @@ from moeplan.domain.plan import Plan
 from moeplan.domain.program import Ints, Lane, Stream, Tasks
 from moeplan.schedules import Action
 
-_FORWARD, _BACKWARD = ("F",), ("B", "I")
+_Key = tuple[int, str, int, int]
+"""Lane, kind, chunk and micro-batch of a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Layout:
     columns: list[tuple[_Columns, int, tuple[Action, ...]]] = field(default_factory=list)
     before: list[Ints] = field(default_factory=list)
     after: list[Ints] = field(default_factory=list)
-    instances: dict[tuple[int, str, int, int], _Instance] = field(default_factory=dict)
+    instances: dict[_Key, _Instance] = field(default_factory=dict)
     lanes: list[Lane] = field(default_factory=list)
     cache: dict[tuple[int, ...], _Columns] = field(default_factory=dict)
 
@@ -159,12 +160,20 @@ class Layout:
     # ---- between lanes
 
     def _tie_passes(self) -> None:
-        for (lane, kind, chunk, microbatch), found in self.instances.items():
-            source = self._source(lane, kind, chunk, microbatch)
-            if source is not None and found.block.entry:
-                self._tie(source.task_of_step[source.block.last], found.task_of_step[found.block.entry])
+        for key, found in self.instances.items():
+            if found.block.entry:
+                self._tie(self._ends_before(key), found.task_of_step[found.block.entry])
 
-    def _source(self, lane: int, kind: str, chunk: int, microbatch: int) -> _Instance | None:
+    def _ends_before(self, key: _Key) -> list[int]:
+        """The tasks that a pass waits for; a pass with nothing to do hands on what it waits for itself."""
+        source = self._source(*key)
+        if source is None:
+            return []
+        found = self.instances[source]
+        ends: list[int] = found.task_of_step[[step for step in found.block.last if step != ENTRY]].tolist()
+        return ends + (self._ends_before(source) if ENTRY in found.block.last else [])
+
+    def _source(self, lane: int, kind: str, chunk: int, microbatch: int) -> _Key | None:
         """The pass that a pass waits for: the same one of the neighbouring virtual stage, or its own forward pass."""
         rank = self.lanes[lane].stage
         number = self.pipeline.virtual[rank][chunk]
@@ -172,10 +181,10 @@ class Layout:
         if kind == "W" or target < 0:
             return None
         if target == len(self.pipeline.stages):
-            return self.instances[lane, "F", chunk, microbatch]
+            return lane, "F", chunk, microbatch
         neighbour = self.pipeline.neighbour(rank, number, target)
         which = self.pipeline.virtual[neighbour].index(target)
-        return self.instances[self._lane_at(lane, neighbour), kind, which, microbatch]
+        return self._lane_at(lane, neighbour), kind, which, microbatch
 
     def _lane_at(self, lane: int, stage: int) -> int:
         """The lane at another pipeline rank with the positions of this one."""

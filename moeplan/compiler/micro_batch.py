@@ -1,12 +1,12 @@
 """Bytes of one micro-batch, layer by layer: what a forward pass leaves behind, and what is there for a moment.
 
-Axes: R row of bytes (the embedding, each layer, the head with what predicts further tokens), M layer with experts, G place
-in the expert-parallel group.
+Axes: R row of bytes (the embedding, each layer, the head with what predicts further tokens), M layer with experts,
+G place in the expert-parallel group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -23,8 +23,8 @@ from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats
 from moeplan.domain.scenario import Scenario
 
-TOKENS = ("tp", "cp", "ep", "etp", "micro_batch", "precision", "capacity", "dp")
-"""The fields of a plan that one micro-batch depends on; `dp` for the sequences in the cache."""
+TOKENS = ("tp", "cp", "ep", "etp", "micro_batch", "precision", "capacity")
+"""The fields of a plan that one micro-batch depends on."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class Asked:
 
 
 def asked_of(plan: Plan, scenario: Scenario, *names: str) -> Asked:
+    """The key of what depends on these fields of the plan, in this very scenario."""
     return Asked((id(scenario), *(getattr(plan, name) for name in names)), plan, scenario)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _LayerBytes:
-    """Of one micro-batch in one layer: what it costs anyhow, and for each token that the rank's experts get."""
+    """Of one micro-batch in one layer; pairs: what it costs anyhow, and for each token that the rank's experts get."""
 
     inputs: float
     kept: tuple[float, float]
@@ -57,7 +58,7 @@ class _LayerBytes:
     width: int
     """Elements of a token on its way to an expert; 0 where nothing is exchanged."""
     cache: float
-    """Of all sequences, whatever the micro-batch."""
+    """Of one sequence."""
 
 
 def _layer_bytes(layer: Layer, plan: Plan, scenario: Scenario) -> _LayerBytes:
@@ -65,22 +66,31 @@ def _layer_bytes(layer: Layer, plan: Plan, scenario: Scenario) -> _LayerBytes:
     element = DTYPE_BYTES[precision.activations]
     fixed = tuple(_fixed_operators(layer, tokens, plan))
     each = experts.expert_operators(tokens_per_expert=(1,), etp=plan.etp) if experts else ()
-    both = (memory.kept_bytes(fixed, precision), memory.kept_bytes(each, precision))
-    moved = (memory.work_bytes(fixed, precision), memory.work_bytes(each, precision))
-    waiting = (memory.weight_input_bytes(fixed, precision), memory.weight_input_bytes(each, precision))
+    kept, per_token = (memory.kept_bytes(found, precision) for found in (fixed, each))
+    saved = _narrow_bytes(experts, plan) if experts else 0.0
+    width = experts.expert_input if experts else 0
     return _LayerBytes(
         inputs=tokens.rank * layer.hidden_size * max(1, layer.hyper_streams) * element,
-        kept=(both[0].whole, both[1].whole),
-        dropped=(both[0].dropped, both[1].dropped),
-        weight_input=(waiting[0][0], waiting[1][0]),
-        work=moved,
+        kept=(kept.whole, per_token.whole - saved),
+        dropped=(kept.dropped, per_token.dropped),
+        weight_input=(
+            memory.weight_input_bytes(fixed, precision)[0],
+            memory.weight_input_bytes(each, precision)[0] - saved,
+        ),
+        work=(memory.work_bytes(fixed, precision), memory.work_bytes(each, precision)),
         gather=(
             _gathered_elements(layer, tokens, plan, scenario) * element,
-            experts.expert_input * element if experts and plan.etp > 1 else 0.0,
+            width * element if plan.etp > 1 else 0.0,
         ),
-        width=experts.expert_input if experts and plan.ep > 1 else 0,
-        cache=0.0 if scenario.workload.is_training else _layer_cache_bytes(layer, plan, scenario),
+        width=width if plan.ep > 1 else 0,
+        cache=0.0 if scenario.workload.is_training else _cache_bytes(layer, plan, scenario),
     )
+
+
+def _narrow_bytes(experts: Experts, plan: Plan) -> float:
+    """What is saved for a received token that is kept in the format it came in, where that is the narrower one."""
+    came, usual = DTYPE_BYTES[plan.precision.dispatch], DTYPE_BYTES[plan.precision.activations]
+    return experts.expert_input * max(0.0, usual - came) if plan.ep > 1 else 0.0
 
 
 def _fixed_operators(layer: Layer, tokens: Tokens, plan: Plan) -> Iterator[Operator]:
@@ -108,13 +118,13 @@ def _gathered_elements(layer: Layer, tokens: Tokens, plan: Plan, scenario: Scena
     return tensor + tokens.batch * sum(block.cache_elements_per_token(plan.tp) for block in layer.blocks)
 
 
-def _layer_cache_bytes(layer: Layer, plan: Plan, scenario: Scenario) -> float:
-    """Cache of one layer for all sequences of a data-parallel replica."""
+def _cache_bytes(layer: Layer, plan: Plan, scenario: Scenario) -> float:
+    """Cache of one sequence in one layer."""
     return sum(
         memory.cache_bytes(
             block.cache_elements(context=scenario.workload.sequence, tp=plan.tp),
             state_elements=block.cache_elements_per_sequence(plan.tp),
-            sequences=scenario.workload.global_batch / plan.dp, cp=plan.cp, precision=plan.precision,
+            cp=plan.cp, precision=plan.precision,
         )
         for block in layer.blocks
     )  # fmt: skip
@@ -133,6 +143,7 @@ class Rows:
     sent_RG: Floats
     received_RG: Floats
     cache_R: Floats
+    """Of one sequence."""
     logits: float
     """Scores that the head keeps from F to B or I."""
     weight_logits: float
@@ -141,32 +152,38 @@ class Rows:
 
 @lru_cache(maxsize=256)
 def rows_of(asked: Asked) -> Rows:
+    """The bytes of one micro-batch; only `TOKENS` of the plan count."""
     plan, scenario = asked.plan, asked.scenario
-    layers = scenario.model.all_layers
-    prediction = pipeline(scenario.model, plan, scenario.workload).stages[-1].prediction
+    layers = (*scenario.model.all_layers, *_prediction(asked))
     load = load_of(scenario, plan, rank_tokens=Tokens.of(plan, scenario.workload).rank)
-    received_RG, sent_RG = _routed_tokens((*layers, *prediction), load, etp=plan.etp)
-    of = {
-        id(layer): _layer_bytes(layer, plan, scenario) for layer in {id(e): e for e in (*layers, *prediction)}.values()
-    }
-    table = [of[id(layer)] for layer in (*layers, *prediction)]
+    received_RG, sent_RG = _routed_tokens(layers, load)
+    by_layer = {id(layer): _layer_bytes(layer, plan, scenario) for layer in _distinct(layers)}
+    table = [by_layer[id(layer)] for layer in layers]
 
     def column(name: str, combine: Callable[[Floats, Floats], Floats] = np.add) -> Floats:
-        fixed_R2 = np.array([getattr(each, name) for each in table], np.float64)
-        found: Floats = combine(fixed_R2[:, :1], fixed_R2[:, 1:] * received_RG)
+        pair_R2 = np.array([getattr(each, name) for each in table], np.float64)
+        found: Floats = combine(pair_R2[:, :1], pair_R2[:, 1:] * received_RG)
         return found
 
     width_R1 = np.array([[each.width] for each in table], np.float64)
-    inputs_RG = np.array([[each.inputs] for each in table], np.float64) + 0.0 * received_RG
     return _with_ends(
-        asked, num_layers=len(layers), inputs=inputs_RG, kept=column("kept"), dropped=column("dropped"),
-        weight_input=column("weight_input"), work=column("work", np.maximum), gather=column("gather"),
-        sent=width_R1 * sent_RG / plan.etp, received=width_R1 * received_RG / plan.etp,
-        cache=np.array([each.cache for each in table]),
+        asked, inputs=np.array([[each.inputs] for each in table]) + 0.0 * received_RG,
+        kept=column("kept"), dropped=column("dropped"), weight_input=column("weight_input"),
+        work=column("work", np.maximum), gather=column("gather"), sent=width_R1 * sent_RG / plan.etp,
+        received=width_R1 * received_RG / plan.etp, cache=np.array([each.cache for each in table]),
     )  # fmt: skip
 
 
-def _routed_tokens(layers: tuple[Layer, ...], load: Load | None, *, etp: int) -> tuple[Floats, Floats]:
+def _prediction(asked: Asked) -> tuple[Layer, ...]:
+    return pipeline(asked.scenario.model, asked.plan, asked.scenario.workload).stages[-1].prediction
+
+
+def _distinct(layers: tuple[Layer, ...]) -> Iterable[Layer]:
+    """Each object once: equal layers of a model are one object, and comparing them is slow."""
+    return {id(layer): layer for layer in layers}.values()
+
+
+def _routed_tokens(layers: tuple[Layer, ...], load: Load | None) -> tuple[Floats, Floats]:
     """Tokens that the experts of each place get and that each place sends, by layer; alike places count once.
 
     Layers of multi-token prediction are routed like the model's last layer with experts.
@@ -183,9 +200,9 @@ def _routed_tokens(layers: tuple[Layer, ...], load: Load | None, *, etp: int) ->
     return np.where(is_moe, got_MG[moe], 0.0), np.where(is_moe, sent_MG[moe], 0.0)
 
 
-def _with_ends(asked: Asked, *, num_layers: int, cache: Floats, **layers: Floats) -> Rows:
-    """Rows of the layers between those of the two ends, where layers of multi-token prediction stand in the head's row."""
-    ends = _Ends.of(asked)
+def _with_ends(asked: Asked, *, cache: Floats, **layers: Floats) -> Rows:
+    """Rows of the layers between those of the ends; layers of multi-token prediction stand in the head's row."""
+    ends, num_layers = _Ends.of(asked), len(asked.scenario.model.all_layers)
     rows: dict[str, Floats] = {}
     for name, values_RG in layers.items():
         own, more = values_RG[:num_layers], values_RG[num_layers:]
@@ -199,7 +216,7 @@ def _with_ends(asked: Asked, *, num_layers: int, cache: Floats, **layers: Floats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Ends:
-    """Bytes of one micro-batch at the embedding and at the head, without scores; `inputs` is what stays of `kept` in full."""
+    """Bytes of one micro-batch at embedding and head, without scores; `inputs` is what full recomputation keeps."""
 
     inputs: tuple[float, float]
     kept: tuple[float, float]
@@ -217,7 +234,7 @@ class _Ends:
         plan, model, workload = asked.plan, asked.scenario.model, asked.scenario.workload
         tokens, precision = Tokens.of(plan, workload), plan.precision
         hidden = tokens.rank * model.hidden_size * DTYPE_BYTES[precision.activations]
-        modules = len(pipeline(model, plan, workload).stages[-1].prediction)
+        modules = len(_prediction(asked))
         first = memory.kept_bytes(model.embedding_operators(tokens=tokens.group, tp=plan.tp), precision)
         scored = tokens.group if workload.is_training else plan.micro_batch
         head = model.head_operators(tokens=scored, tp=plan.tp, training=workload.is_training) * (1 + modules)

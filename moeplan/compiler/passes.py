@@ -135,6 +135,9 @@ class PartBlocks:
             steps += block.add(Stream.COMPUTE, parts.prediction(which), [ENTRY])
             self.writer.weights(block, layer, moe=self._prediction_moe)
             steps += block.gradients[NO_LAYER]
+        if stage.has_embedding:
+            # All of its backward pass: nobody waits for the gradient of what goes into the model.
+            steps += block.add(Stream.COMPUTE, parts.embedding(Pass.BACKWARD), [ENTRY])
         return steps
 
     # ---- sends

@@ -1,11 +1,11 @@
-"""Bytes of a GPU's memory: what a rank holds all the time, what a micro-batch leaves behind, what is there for a moment.
+"""Bytes of a GPU's memory: what is there all the time, what a micro-batch leaves behind, what is there for a moment.
 
-Who keeps what is said in `domain/operators.py`. A layer keeps its input and what it makes, but not its output, which the
-next layer keeps as its input. Fragmentation, the context of the device and buffers of communication libraries are no part
-of this: a GPU's `usable_memory` leaves them room.
+Who keeps what is said in `domain/operators.py`. A layer keeps its input and what it makes, but not its output, which
+the next layer keeps as its input. Fragmentation, the context of the device and buffers of communication libraries are
+no part of this: a GPU's `usable_memory` leaves them room.
 
-Axes: P pipeline rank, K moment of a rank's order, C what a rank holds for its chunks (first what a forward pass left
-there, chunk by chunk, then what a weight gradient waits with), G place in the expert-parallel group.
+Axes: P pipeline rank, K moment of a rank's order, C what a rank holds for its chunks (what forward passes left there,
+chunk by chunk, then what weight gradients wait with, then what is made again), G place in the expert-parallel group.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class States(NamedTuple):
 
 
 def state_bytes(parameters: Floats, *, replicas: int, zero: int, precision: Precision) -> States:
-    """Weights w, gradients g, master weights and two moments m + 2 v bytes a parameter, divided by `replicas` as ZeRO says.
+    """Weights w, gradients g, master weights and two moments m + 2 v bytes a parameter, over `replicas` as ZeRO says.
 
     ZeRO 1 divides m + 2 v, ZeRO 2 also g, ZeRO 3 also w. A share is not rounded up to whole parameters.
     Reference: Rajbhandari et al., "ZeRO" (SC 2020), section 3.1 and figure 1: 2 + 2 + 12 bytes with gradients in fp16.
@@ -78,7 +78,7 @@ def state_bytes(parameters: Floats, *, replicas: int, zero: int, precision: Prec
 def gathered_bytes(
     parameters: Floats, *, largest_layer: Floats, ends: Floats, replicas: int, zero: int, precision: Precision
 ) -> Floats:
-    """What ZeRO 2 and 3 hold whole for a moment: gradients of one layer, weights of two; those of the model's ends throughout.
+    """What ZeRO 2 and 3 hold whole for a moment: gradients of one layer, weights of two; all of the model's ends.
 
     At most what sharding saved, for then nothing is left to gather.
     """
@@ -113,7 +113,7 @@ def kept_bytes(operators: Iterable[Operator], precision: Precision) -> Kept:
 
 
 def weight_input_bytes(operators: Iterable[Operator], precision: Precision) -> tuple[float, float]:
-    """What a weight gradient needs: input of each product and gradient of its output; the second number is those in fp32.
+    """What a weight gradient needs: input of each product and gradient of its output; and what of it is in fp32.
 
     With it W holds 32 s b h of a GPT layer where the forward pass left 34 s b h (with dropout masks).
     Reference: Qi et al., "Zero Bubble Pipeline Parallelism" (ICLR 2024), table 1.
@@ -131,7 +131,7 @@ def weight_input_bytes(operators: Iterable[Operator], precision: Precision) -> t
 
 
 def work_bytes(operators: Iterable[Operator], precision: Precision) -> float:
-    """Gradients at the widest kernel while it runs: of its input and of its output. Attention works in place, tile by tile."""
+    """Gradients at the widest kernel while it runs: of its input and its output. Attention works in place, by tiles."""
     element = DTYPE_BYTES[precision.activations]
     found = 0.0
     for operator in operators:
@@ -145,14 +145,14 @@ def by_policy(recompute: Recompute, *, inputs: Floats, kept: Floats, dropped: Fl
     """What stays of a layer between its passes, and what is there again for a moment while its backward pass runs.
 
     none: all stays. selective: all but what is cheap to make again. full: the layer's input.
-    Reference: Korthikanti et al., "Reducing activation recomputation in large transformer models" (MLSys 2023), section 5.
+    Reference: Korthikanti et al., "Reducing activation recomputation in large transformer models" (MLSys 2023), s. 5.
     """
     stays = {"none": kept, "selective": kept - dropped, "full": inputs}[recompute]
     return stays, kept - stays
 
 
 def transit_bytes(*, sent: Floats, received: Floats, element_bytes: tuple[float, float], overlap_degree: int) -> Floats:
-    """Send and receive buffers of dispatch and combine; `sent` and `received` are elements, `element_bytes` of each of the two.
+    """Send and receive buffers of dispatch and combine; `sent`, `received` are elements, `element_bytes` of the two.
 
     Undivided, dispatch and combine D and C take turns: max(D, C). In n parts with buffers of their own, some parts are
     dispatched while others are combined, and the one between is both: max(D, C) + min(D, C) / n.
@@ -162,30 +162,29 @@ def transit_bytes(*, sent: Floats, received: Floats, element_bytes: tuple[float,
     return most if overlap_degree == 1 else most + np.minimum(dispatch, combine) / overlap_degree
 
 
-def cache_bytes(elements: float, *, state_elements: float, sequences: float, cp: int, precision: Precision) -> float:
-    """Cache of `sequences`; tokens are divided over context-parallel ranks, states of recurrent mixers are not."""
-    return sequences * DTYPE_BYTES[precision.cache] * ((elements - state_elements) / cp + state_elements)
+def cache_bytes(elements: float, *, state_elements: float, cp: int, precision: Precision) -> float:
+    """Cache of one sequence: its tokens are divided over context-parallel ranks, states of recurrent mixers are not."""
+    return DTYPE_BYTES[precision.cache] * ((elements - state_elements) / cp + state_elements)
 
 
 def moments(order: Iterable[Iterable[tuple[str, int, int]]], *, num_chunks: int) -> Ints:
-    """The moments of one rank's order at which it may hold most: how many micro-batches of each kind, shape (K, 2 chunks).
+    """The moments of one rank's order at which it may hold most: how many micro-batches of each kind, (K, 3 chunks).
 
-    F takes, B and I free, I leaves what W frees; a slot of two takes before it frees. Moments at which another one holds
-    as much of everything are left out.
+    F takes, B and I free, I leaves what W frees; a slot of two takes before it frees. While B or I runs, a layer of its
+    chunk is made again. A moment is left out if at another one as much of everything is held.
     """
-    changes = [[0] * (2 * num_chunks)]
+    counts = [0] * (3 * num_chunks)
+    found = {tuple(counts)}
     for slot in order:
-        taken, freed = [0] * (2 * num_chunks), [0] * (2 * num_chunks)
+        before, after = counts[:], counts[:]
         for kind, chunk, _ in slot:
-            if kind == "F":
-                taken[chunk] += 1
-            elif kind == "W":
-                freed[num_chunks + chunk] -= 1
-            else:
-                freed[chunk] -= 1
-                freed[num_chunks + chunk] += kind == "I"
-        changes += [each for each in (taken, freed) if any(each)]
-    return _undominated(np.unique(np.cumsum(changes, axis=0), axis=0))
+            before[chunk] += kind == "F"
+            after[chunk] += {"F": 1, "B": -1, "I": -1, "W": 0}[kind]
+            after[num_chunks + chunk] += {"F": 0, "B": 0, "I": 1, "W": -1}[kind]
+            before[2 * num_chunks + chunk] += kind in "BI"
+        found |= {tuple(before), tuple(after)}
+        counts = after
+    return _undominated(np.array(sorted(found), np.int64))
 
 
 def _undominated(counts_KC: Ints) -> Ints:

@@ -141,7 +141,10 @@ class Prices:
         return plan, load_of(self.scenario, plan, rank_tokens=Tokens.of(plan, self.scenario.workload).rank)
 
     def experts(self, ep: int, etp: int, rank_tokens: int, parts_n: int, *, plan: Plan, load: Load | None) -> Floats:
-        """Seconds [kind, pass] of the experts at the hottest place, on the smallest of `parts_n` parts."""
+        """Seconds [kind, pass] of the experts on the smallest of `parts_n` parts: at the place that gets most of the layer.
+
+        Weight gradients alone are waited for by nobody: theirs are at one place for all layers, the one that gets most in all.
+        """
         key = ("experts", ep, etp, rank_tokens, parts_n, plan.recompute == "selective")
         if key not in self.cache:
             self.cache[key] = self._experts(plan.model_copy(update={"overlap_degree": parts_n}), load)
@@ -153,8 +156,8 @@ class Prices:
         for k, kind in enumerate(self.kinds[0]):
             if kind.layer.experts is None or load is None:
                 continue
-            place = hottest(load, kind.moe)
             for p, which in enumerate(PASSES):
+                place = hottest_of_all(load) if which == Pass.WEIGHT_GRADIENT else hottest(load, kind.moe)
                 unit = parts.experts(kind.layer.experts, which, moe=kind.moe, place=place, part=0)
                 table_KP[k, p] = self._seconds(parts, unit)
         return table_KP
@@ -230,5 +233,16 @@ def hottest(load: Load, moe: int) -> int:
     """The place that gets the most tokens of a layer."""
     if load.is_even:
         return 0
-    tokens_SE = load.tokens_SE_by_layer[moe]
-    return int(tokens_SE.sum(axis=0).reshape(load.num_places, -1).sum(axis=1).argmax())
+    return int(_by_place(load, moe).argmax())
+
+
+def hottest_of_all(load: Load) -> int:
+    """The place that gets the most tokens of all layers together."""
+    if load.is_even:
+        return 0
+    return int(np.sum([_by_place(load, moe) for moe in range(len(load.tokens_SE_by_layer))], axis=0).argmax())
+
+
+def _by_place(load: Load, moe: int) -> Floats:
+    by_expert = load.tokens_SE_by_layer[moe].sum(axis=0)
+    return np.asarray(by_expert.reshape(load.num_places, -1).sum(axis=1))

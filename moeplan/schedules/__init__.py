@@ -54,7 +54,6 @@ from moeplan.schedules._order import (
     finish_times,
     in_flight,
     peak_held,
-    together_s,
 )
 
 __all__ = [
@@ -67,5 +66,4 @@ __all__ = [
     "finish_times",
     "in_flight",
     "peak_held",
-    "together_s",
 ]

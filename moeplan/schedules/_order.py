@@ -101,29 +101,25 @@ class Times(NamedTuple):
         return max((stage[-1] for stage in self.finish_s if stage), default=0.0)
 
 
-def together_s(first_s: float, second_s: float) -> float:
-    """Seconds of a slot whose two actions hide nothing of each other: the sum."""
-    return first_s + second_s
-
-
 def finish_times(
     orders: Sequence[Sequence[Slot]],
     *,
     virtual_stages: Sequence[Sequence[int]],
     durations_s: Sequence[Sequence[Mapping[str, float]]],
     hop_s: float = 0.0,
-    overlap_s: Callable[[float, float], float] = together_s,
+    pair_s: Callable[[int, Slot], float] | None = None,
 ) -> Times:
     """When every slot starts and finishes if each stage works in order and starts as soon as it may.
 
     F waits for F of the virtual stage before; B and I for B or I of the one after and for their own F; W for its own I;
     a dependency on another stage arrives `hop_s` after it finished. `virtual_stages[stage][chunk]` is the position in
-    model order, `durations_s[stage][chunk][kind]` the seconds of an action, `overlap_s` those of a slot of two.
+    model order, `durations_s[stage][chunk][kind]` the seconds of an action, `pair_s(stage, slot)` those of a slot of two
+    (None: nothing is hidden, the sum).
 
     Sends cost no time of the stage and wires are never shared, so with costs that are lower bounds this is a lower
     bound. Raises SimulationError that names the stuck actions if the orders wait for one another.
     """
-    run = _Run(orders, virtual_stages, hop_s, overlap_s)
+    run = _Run(orders, virtual_stages, hop_s, pair_s)
     tables = [run.table(stage, costs_s) for stage, costs_s in enumerate(durations_s)]
     awake = list(range(len(orders)))
     while awake:
@@ -152,11 +148,11 @@ class _Run:
         orders: Sequence[Sequence[Slot]],
         virtual_stages: Sequence[Sequence[int]],
         hop_s: float,
-        overlap_s: Callable[[float, float], float],
+        pair_s: Callable[[int, Slot], float] | None,
     ) -> None:
         microbatches = {action.microbatch for order in orders for slot in order for action in slot}
         self.orders, self.virtual_stages = orders, virtual_stages
-        self.hop_s, self.overlap_s = hop_s, overlap_s
+        self.hop_s, self.pair_s = hop_s, pair_s
         self.num_virtual = 1 + max((position for stage in virtual_stages for position in stage), default=0)
         self.num_microbatches = 1 + max(microbatches, default=0)
         pending = 2 * self.num_virtual * self.num_microbatches
@@ -205,7 +201,12 @@ class _Run:
                     if there_s > clock_s:
                         clock_s = there_s
             start_s.append(clock_s)
-            clock_s += row[3] if len(slot) == 1 else self.overlap_s(*(table[chunk][kind][3] for kind, chunk, _ in slot))
+            if len(slot) == 1:
+                clock_s += row[3]
+            elif self.pair_s is None:
+                clock_s += sum(table[chunk][kind][3] for kind, chunk, _ in slot)
+            else:
+                clock_s += self.pair_s(stage, slot)
             finish_s.append(clock_s)
             for kind, chunk, microbatch in slot:
                 own = table[chunk][kind][2]

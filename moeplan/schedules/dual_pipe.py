@@ -106,7 +106,7 @@ def ideal_step_s(
 ) -> float | None:
     """M (F + B) + (p / 2 - 1) (F&B + B - 3 W), exact where F = I >= W or p = 2, with F&B = F + B; else None.
 
-    So nothing is hidden here in a slot of two; what is, comes off with `finish_times` and its `overlap_s`.
+    So nothing is hidden here in a slot of two; what is, comes off with `finish_times` and its `pair_s`.
     Reference: table 2 of the DeepSeek-V3 report, where B is the whole backward.
     """
     if num_stages > 2 and (not isclose(forward_s, input_gradient_s) or weight_gradient_s > forward_s):

@@ -29,6 +29,7 @@ class Streams:
         self.seconds = seconds_T.tolist()
         self.is_compute = (program.tasks.stream_T == Stream.COMPUTE).tolist()
         self.lane, self.unit = program.tasks.lane_T.tolist(), program.tasks.unit_T.tolist()
+        self.stream, self.place = program.tasks.stream_T.tolist(), _place_in_lane(program).tolist()
         before, after = _with_stream_order(program)
         self.waits = np.bincount(after, minlength=size).tolist()
         self.next_from, self.next = _successors(before, after, size)
@@ -110,36 +111,74 @@ class _Fair:
         """A lane is done with an exchange."""
 
 
-class _OneAtATime(_Fair):
-    """A lane has one exchange on the wire at a time, in the order in which they were ready."""
+class _EndOfInstant(simpy.Event):  # type: ignore[misc]
+    """Happens now, behind all else that happens now: what is decided then does not hang on the order of events."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        super().__init__(env)
+        self._ok, self._value = True, None
+        env.schedule(self, priority=2)
+
+
+class _Deciding(_Fair):
+    """Decides at the end of an instant what may start, since what came at the same time came in no order."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__(streams)
-        self.queue: list[int] = []
+        self.is_due = False
+
+    def decide_later(self) -> None:
+        """Has `decide` called once when all of the present instant has happened."""
+        if not self.is_due:
+            self.is_due = True
+            _EndOfInstant(self.streams.env).callbacks.append(self._decide)
+
+    def _decide(self, event: simpy.Event) -> None:
+        self.is_due = False
+        self.decide()
+
+    def decide(self) -> None:
+        """Starts what may start."""
+        raise NotImplementedError
+
+
+class _OneAtATime(_Deciding):
+    """A lane has one exchange on the wire at a time, in the order in which they were ready, streams in turn if at once."""
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__(streams)
+        self.queue: list[tuple[float, int, int, int]] = []
         self.busy: set[int] = set()
 
     def begin(self, meeting: int) -> None:
-        """Queues, and starts what can start."""
-        self.queue.append(meeting)
-        self._serve()
+        """Queues."""
+        streams = self.streams
+        tasks = streams.running[meeting].values()
+        stream = min(streams.stream[task] for task in tasks)
+        place = min(streams.place[task] for task in tasks)
+        self.queue.append((streams.env.now, stream, place, meeting))
+        self.decide_later()
 
     def left(self, meeting: int, lane: int) -> None:
-        """Frees the lane, and starts what can start."""
+        """Frees the lane."""
         self.busy.discard(lane)
-        self._serve()
+        self.decide_later()
 
-    def _serve(self) -> None:
-        blocked = set(self.busy)
-        for meeting in list(self.queue):
-            lanes = set(self.streams.program.meetings[meeting].lanes)
+    def decide(self) -> None:
+        """Starts each exchange whose lanes are free and wanted by none before it."""
+        blocked, waiting = set(self.busy), []
+        for entry in sorted(self.queue):
+            lanes = set(self.streams.program.meetings[entry[-1]].lanes)
             if lanes.isdisjoint(blocked):
-                self.queue.remove(meeting)
                 self.busy |= lanes
-                self.network.start(meeting, self.streams.lane_done)
+                self.network.start(entry[-1], self.streams.lane_done)
+            else:
+                waiting.append(entry)
             blocked |= lanes
+        self.queue = waiting
 
 
-class _ExpertFirst(_Fair):
+class _ExpertFirst(_Deciding):
     """Gradients and parameters go in micro-ops, none of which starts while a dispatch or combine of its lanes is on or due.
 
     Reference: Li et al., "Lina" (USENIX ATC 2023), section 4.1.
@@ -163,7 +202,7 @@ class _ExpertFirst(_Fair):
     def begin(self, meeting: int) -> None:
         """Gradients wait for their turn; all else starts."""
         if self.yields[meeting]:
-            self._micro_op(meeting, 0)
+            self._hold(meeting, 0)
         else:
             super().begin(meeting)
 
@@ -171,18 +210,22 @@ class _ExpertFirst(_Fair):
         """Lets held micro-ops go when the last dispatch or combine of their lanes has left."""
         if self.expert[meeting]:
             self.expert_on[lane] -= 1
-            waiting, self.held = self.held, []
-            for held in waiting:
-                self._micro_op(*held)
+            self.decide_later()
 
-    def _micro_op(self, meeting: int, part: int) -> None:
-        if any(self.expert_on[lane] for lane in self.streams.program.meetings[meeting].lanes):
-            self.held.append((meeting, part))
-            return
-        self.part[meeting] = part
-        self.on[meeting] = len(self.streams.program.meetings[meeting].lanes)
-        parts = self.network.parts_of(meeting)
-        self.network.start(meeting, self._moved, part=part, parts=parts)
+    def _hold(self, meeting: int, part: int) -> None:
+        self.held.append((meeting, part))
+        self.decide_later()
+
+    def decide(self) -> None:
+        """Starts the held micro-ops whose lanes have no dispatch or combine on or due."""
+        waiting, self.held = self.held, []
+        for meeting, part in waiting:
+            lanes = self.streams.program.meetings[meeting].lanes
+            if any(self.expert_on[lane] for lane in lanes):
+                self.held.append((meeting, part))
+            else:
+                self.part[meeting], self.on[meeting] = part, len(lanes)
+                self.network.start(meeting, self._moved, part=part, parts=self.network.parts_of(meeting))
 
     def _moved(self, meeting: int, lane: int) -> None:
         """The exchange has ended for a lane when the last micro-op has; the next one starts when this one left all lanes."""
@@ -190,7 +233,7 @@ class _ExpertFirst(_Fair):
         if self.part[meeting] == self.network.parts_of(meeting) - 1:
             self.streams.lane_done(meeting, lane)
         elif self.on[meeting] == 0:
-            self._micro_op(meeting, self.part[meeting] + 1)
+            self._hold(meeting, self.part[meeting] + 1)
 
 
 def _with_stream_order(program: Program) -> tuple[Ints, Ints]:
@@ -202,6 +245,15 @@ def _with_stream_order(program: Program) -> tuple[Ints, Ints]:
     before = np.concatenate([program.before_D, order[:-1][same]])
     after = np.concatenate([program.after_D, order[1:][same]])
     return before, after
+
+
+def _place_in_lane(program: Program) -> Ints:
+    """How many tasks of its lane stand before each task."""
+    order = np.argsort(program.tasks.lane_T, kind="stable")
+    counts = np.bincount(program.tasks.lane_T)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place
 
 
 def _successors(before: Ints, after: Ints, size: int) -> tuple[list[int], list[int]]:

@@ -67,6 +67,14 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("sockets", "drawn", {**ONE, "dp": 16, "ep": 8, "arbitration": "a2a_first", "overlap_degree": 2}),
     ("torus", "even", {**ONE, "dp": 16, "ep": 8}),
     ("torus", "skewed", {**ONE, "dp": 8, "tp": 2, "ep": 4, "zero_dense": 3}),
+    (
+        "torus",
+        "even",
+        {**ONE, "dp": 16, "ep": 4, "etp": 2, "zero_dense": 2, "overlap_degree": 2, "arbitration": "fifo"},
+    ),
+    ("torus", "hot", {**ONE, "dp": 16, "ep": 8, "zero_dense": 3, "overlap_degree": 2, "arbitration": "a2a_first"}),
+    ("one-switch", "hot", {**TWO, "dp": 4, "ep": 2, "stages": (3, 1), "zero_dense": 2, "arbitration": "fifo"}),
+    ("cube-mesh", "even", {**FOUR, "dp": 4, "ep": 2, "schedule": "zbv", "stages": (2, 0, 0, 2), "arbitration": "fifo"}),
     ("torus", "drawn", {**TWO, "dp": 8, "ep": 8, "schedule": "one_f_one_b"}),
 ]
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan import menu
-from moeplan.schedules import Order, Times, awaiting_weight_gradient, finish_times, in_flight, peak_held
+from moeplan.schedules import Order, Slot, Times, awaiting_weight_gradient, finish_times, in_flight, peak_held
 
 Costs = tuple[float, float, float]
 GRID = [(p, m) for p in (2, 3, 4, 6, 8) for m in (1, 2, 3, 4, 5, 7, 8, 12, 16, 24)]
@@ -29,7 +29,7 @@ def run(
     costs: Costs,
     *,
     hop_s: float = 0.0,
-    overlap_s: Callable[..., float] | None = None,
+    pair_s: Callable[[int, Slot], float] | None = None,
 ) -> Times:
     where = menu.load("schedules", name, "virtual_stage")
     forward_s, input_s, weight_s = costs
@@ -39,7 +39,7 @@ def run(
         virtual_stages=[[where(stage, chunk, num_stages=p, num_chunks=v) for chunk in range(v)] for stage in range(p)],
         durations_s=[[cost_s] * v] * p,
         hop_s=hop_s,
-        **({} if overlap_s is None else {"overlap_s": overlap_s}),
+        pair_s=pair_s,
     )
 
 
@@ -141,11 +141,11 @@ def test_where_passes_take_as_long_the_published_order_of_schedules_holds() -> N
 
 
 def test_what_overlap_hides_comes_off_the_step() -> None:
-    def hides(forward_s: float, backward_s: float) -> float:
-        return max(forward_s, backward_s)
+    def hides(stage: int, slot: Slot) -> float:
+        return max(1, 2)
 
     for p, m in [(2, 8), (4, 8), (8, 32)]:
-        hidden_s = run("dual_pipe", p, m, 2, (1, 1, 1), overlap_s=hides).step_s
+        hidden_s = run("dual_pipe", p, m, 2, (1, 1, 1), pair_s=hides).step_s
         shown_s = run("dual_pipe", p, m, 2, (1, 1, 1)).step_s
         pairs = min(sum(len(slot) == 2 for slot in order) for order in orders("dual_pipe", p, m, 2))
         assert hidden_s == pytest.approx(shown_s - pairs, abs=2 * p)

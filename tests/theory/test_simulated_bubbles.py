@@ -1,8 +1,7 @@
-"""A compiled and simulated step against the closed form of its schedule, where the network is free and the stages equal."""
+"""A compiled and simulated step against the closed form of its schedule: a free network, equal stages."""
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from moeplan.domain.plan import Plan
 from moeplan.domain.program import Pass, Stream, Work
 from moeplan.domain.scenario import Scenario
 from moeplan.domain.timeline import Timeline
+from moeplan.errors import PlanError
 from moeplan.schedules import finish_times
 from moeplan.simulator.simulate import simulate
 
@@ -38,19 +38,14 @@ def without_wires(cluster: Cluster) -> Cluster:
 
 
 @lru_cache
-def scenario(model: str, num_gpus: int, microbatches: int) -> Scenario:
-    """One node whose network is free, and a model of 16 layers or less."""
+def scenario(model: str, num_gpus: int, microbatches: int, num_layers: int) -> Scenario:
+    """One node whose network is free, and a model of equal layers."""
     one_node = {"cluster.nodes": 1, "cluster.gpus_per_node": num_gpus, "cluster.nic.per_node": 1}
-    changes: dict[str, Any] = {**one_node, "workload.global_batch": microbatches, "workload.sequence": 512}
     given = catalogue.scenario_from(
-        model=model, cluster="hgx-h100-rail", global_batch=microbatches, sequence=512, changes=changes
+        model=model, cluster="hgx-h100-rail", global_batch=microbatches, sequence=512, changes=one_node
     )
-    return replace(given, cluster=without_wires(given.cluster))
-
-
-def deeper(given: Scenario, num_layers: int) -> Scenario:
-    layers = given.model.layers[:1] * num_layers
-    return replace(given, model=given.model.model_copy(update={"layers": layers}))
+    equal = given.model.model_copy(update={"layers": given.model.layers[:1] * num_layers})
+    return replace(given, cluster=without_wires(given.cluster), model=equal)
 
 
 class EqualStages:
@@ -63,11 +58,8 @@ class EqualStages:
         if work.kind != "attention":
             return Cost(0.0, 0.0)
         ends = {kernel.name.rsplit("_", 1)[-1] for kernel in work.kernels}
-        passes = {"input"} * ("dgrad" in ends) | {"weight"} * ("wgrad" in ends) or {"forward"}
-        return Cost(sum(self.seconds[each] for each in passes), 0.0)
-
-
-EqualStages.cost.__doc__ = "Seconds by what the kernels' names say of the pass."
+        passes = [name for name, end in (("input", "dgrad"), ("weight", "wgrad")) if end in ends]
+        return Cost(sum(self.seconds[name] for name in passes or ["forward"]), 0.0)
 
 
 def plan_of(name: str, pp: int, chunks: int, layers_per_stage: int = 1) -> Plan:
@@ -79,6 +71,89 @@ def plan_of(name: str, pp: int, chunks: int, layers_per_stage: int = 1) -> Plan:
 def is_legal(name: str, pp: int, microbatches: int, chunks: int) -> bool:
     try:
         menu.load("schedules", name, "check")(pp, microbatches, num_chunks=chunks)
-    except ValueError:
+    except PlanError:
         return False
     return True
+
+
+def simulated(name: str, pp: int, microbatches: int, chunks: int, costs: EqualStages | CostModel) -> Timeline:
+    plan = plan_of(name, pp, chunks)
+    given = scenario("tiny-dense", pp, microbatches, len(plan.stages))
+    return simulate(compile_plan(plan, given), costs)  # type: ignore[arg-type]
+
+
+CASES = [size for size in SIZES if is_legal(*size)]
+
+
+def test_every_schedule_is_tried() -> None:
+    assert {case[0] for case in CASES} == set(menu.names("schedules"))
+
+
+@pytest.mark.parametrize(("name", "pp", "microbatches", "chunks"), CASES)
+def test_the_simulated_step_is_the_closed_form_of_the_schedule(
+    name: str, pp: int, microbatches: int, chunks: int
+) -> None:
+    form = menu.load("schedules", name, "ideal_step_s")
+    for forward_s, input_s, weight_s in RATIOS:
+        wanted_s = form(
+            pp,
+            microbatches,
+            num_chunks=chunks,
+            forward_s=forward_s,
+            input_gradient_s=input_s,
+            weight_gradient_s=weight_s,
+        )
+        if wanted_s is not None:
+            found = simulated(name, pp, microbatches, chunks, EqualStages(forward_s, input_s, weight_s))
+            if menu.load("schedules", name, "COPIES") == 1:
+                assert found.step_s == pytest.approx(wanted_s, rel=1e-9)
+            else:
+                # In the form both passes of a slot end when the slot ends; here what ends first goes on at once.
+                assert microbatches * (forward_s + input_s + weight_s) <= found.step_s <= wanted_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("name", "pp", "microbatches", "chunks"), CASES)
+def test_with_any_costs_the_simulated_step_is_what_the_order_alone_gives(
+    name: str, pp: int, microbatches: int, chunks: int
+) -> None:
+    """Costs of a real GPU, where the ends of the model make stages unequal; two passes at once may hide nothing."""
+    gpu = scenario("tiny-dense", pp, microbatches, 1).cluster.gpu
+    timeline = simulated(name, pp, microbatches, chunks, CostModel(gpu=gpu))
+    tasks, seconds = timeline.program.tasks, timeline.end_s_T - timeline.start_s_T
+    stage_T = np.array([lane.stage for lane in timeline.program.lanes])[tasks.lane_T]
+
+    def pass_s(stage: int, chunk: int, *passes: Pass) -> float:
+        mine = (stage_T == stage) & (tasks.chunk_T == chunk) & np.isin(tasks.pass_T, passes)
+        first = tasks.microbatch_T == tasks.microbatch_T[mine].min(initial=microbatches)
+        chosen = mine & first & (tasks.stream_T == Stream.COMPUTE)
+        return float(seconds[chosen].sum())
+
+    def durations_s(stage: int, chunk: int) -> dict[str, float]:
+        input_s, weight_s = pass_s(stage, chunk, Pass.INPUT_GRADIENT), pass_s(stage, chunk, Pass.WEIGHT_GRADIENT)
+        whole_s = pass_s(stage, chunk, Pass.BACKWARD) or input_s + weight_s
+        return {"F": pass_s(stage, chunk, Pass.FORWARD), "B": whole_s, "I": input_s or whole_s, "W": weight_s}
+
+    virtual = menu.load("schedules", name, "virtual_stage")
+    times = finish_times(
+        menu.load("schedules", name, "actions")(pp, microbatches, num_chunks=chunks),
+        virtual_stages=[[virtual(s, c, num_stages=pp, num_chunks=chunks) for c in range(chunks)] for s in range(pp)],
+        durations_s=[[durations_s(stage, chunk) for chunk in range(chunks)] for stage in range(pp)],
+    )
+    update_s = np.bincount(stage_T, weights=seconds * (tasks.pass_T == Pass.STEP), minlength=pp)
+    wanted_s = max(finish[-1] + extra for finish, extra in zip(times.finish_s, update_s, strict=True))
+    if menu.load("schedules", name, "COPIES") == 1:
+        assert timeline.step_s == pytest.approx(wanted_s, rel=1e-9)
+    else:
+        assert timeline.step_s <= wanted_s * (1 + 1e-9)
+
+
+def test_a_slower_network_never_makes_a_step_shorter() -> None:
+    plan, given = plan_of("one_f_one_b", 4, 1), scenario("tiny-dense", 4, 8, 4)
+    steps = []
+    for bandwidth in (1e30, 1e12, 1e10, 1e8):
+        slower = np.full_like(given.cluster.bandwidth_bytes_per_s_K, bandwidth)
+        cluster = replace(given.cluster, bandwidth_bytes_per_s_K=slower)
+        program = compile_plan(plan, replace(given, cluster=cluster))
+        steps.append(simulate(program, CostModel(gpu=cluster.gpu)).step_s)
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]

@@ -1,0 +1,183 @@
+"""Lower bounds of whole steps: the passes, and what is done once a step (or, under ZeRO 2 and 3, in every pass) around them.
+
+D, E: the ZeRO stages listed for dense weights and for experts. U, P, V as in `_bounds.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeplan import menu
+from moeplan.compiler.compile_plan import orders
+from moeplan.compiler.parts import Parts
+from moeplan.compiler.sharding import weights_of
+from moeplan.compiler.stages import pipeline
+from moeplan.domain.plan import DTYPE_BYTES, Plan
+from moeplan.domain.program import Floats
+from moeplan.planners._bounds import Bounds, Passes, branch_of, outline_of
+from moeplan.planners._groups import cheapest, grid_of
+from moeplan.planners._prices import Wire
+from moeplan.planners._space import Branch
+from moeplan.schedules import Slot, finish_times
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Weights of each virtual stage on one rank, and in how many layers they come: [V], dense and experts."""
+
+    dense: Floats
+    expert: Floats
+    dense_layers: Floats
+    expert_layers: Floats
+
+
+@dataclass
+class StepBounds:
+    """Bounds of whole steps of the plans of a scenario."""
+
+    bounds: Bounds
+    _weights: dict[tuple[object, ...], Weights] = field(default_factory=dict)
+
+    def branch_s(self, branch: Branch) -> Floats:
+        """[U, D, E]: at least the seconds of a step of every plan of a branch; arbitration cannot lower it."""
+        passes = self.bounds.passes(branch)
+        fill, work, drain = self.bounds.ranks_s(branch, passes)
+        ends_PU = fill + work
+        best = (ends_PU + drain).max(axis=0)[:, None, None]
+        if not self.bounds.training:
+            return best
+        opening, closing, occupied = self._once(branch, passes)
+        last = closing + ends_PU[:, :, None, None]
+        drained = (ends_PU + drain)[:, :, None, None] + closing.min(axis=0)[None]
+        found = np.maximum(last, drained).max(axis=0) + opening
+        return np.maximum(np.maximum(best, found), occupied)
+
+    def _once(self, branch: Branch, passes: Passes) -> tuple[Floats, Floats, Floats]:
+        """Before the first pass [U, D, E]; behind a rank's last pass [P, U, D, E]; of the sharding stream alone [U, D, E]."""
+        layout, shape = branch.layout, self.bounds.shape(branch.layout)
+        outline, choices = outline_of(layout, True), self.bounds.scenario.choices
+        reduce_VDE, gather_VDE = self._sharding(branch, (0, 1)), self._sharding(branch, (1, 2), gather=True)
+        pass_VDE = self._in_passes(branch)
+        microbatches = self.bounds.microbatches(branch)
+        update_PDE = self._update(branch)
+        closing, occupied = [], []
+        for rank, held in enumerate(shape.virtual):
+            stages, last = list(held), held[outline.last[rank][1]]
+            exposed = reduce_VDE[last] - (passes.any_backward[last][:, None, None] if choices.overlap_gradients else 0.0)
+            behind = np.maximum(exposed, 0.0) + update_PDE[rank]
+            if not choices.overlap_gradients:
+                behind = behind + gather_VDE[stages].sum(axis=0)
+            closing.append(behind)
+            each = pass_VDE[stages].sum(axis=0) * microbatches[:, None, None] / layout.copies
+            occupied.append(each + update_PDE[rank])
+        first = gather_VDE[0] - passes.forward[0][:, None, None]
+        opening = np.maximum(first, 0.0) if choices.overlap_gradients and layout.copies == 1 else np.zeros_like(first)
+        return opening, np.array(closing), np.array(occupied).max(axis=0)
+
+    # ---- weights and their exchanges
+
+    def weights(self, branch: Branch) -> Weights:
+        """Counted by the compiler's own rule."""
+        layout = branch.layout
+        key = (layout.stages, layout.schedule, layout.vpp, layout.tp, layout.ep, layout.etp)
+        if key not in self._weights:
+            scenario = self.bounds.scenario
+            plan = Plan(
+                dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
+                stages=layout.stages, schedule=layout.schedule,
+            )  # fmt: skip
+            parts = Parts(model=scenario.model, plan=plan, workload=scenario.workload, load=None)
+            found = [list(weights_of(stage, parts)) for stage in pipeline(scenario.model, plan, scenario.workload).stages]
+            self._weights[key] = Weights(
+                dense=np.array([sum(w.dense for w in stage) for stage in found], np.float64),
+                expert=np.array([sum(w.expert for w in stage) for stage in found], np.float64),
+                dense_layers=np.array([sum(w.dense > 0 for w in stage) for stage in found], np.float64),
+                expert_layers=np.array([sum(w.expert > 0 for w in stage) for stage in found], np.float64),
+            )
+        return self._weights[key]
+
+    def _wires(self, branch: Branch) -> tuple[Wire, Wire]:
+        grid, none = grid_of(branch.layout), Wire(latency_s=0.0, per_byte_s=0.0)
+        dense, expert = branch.layout.replicas
+        prices = self.bounds.prices
+        return (
+            cheapest(prices, grid, "dense") if dense > 1 else none,
+            cheapest(prices, grid, "edp") if expert > 1 else none,
+        )
+
+    def _exchanged_s(self, branch: Branch, what: str) -> tuple[Floats, Floats]:
+        """[V] seconds of one gather of the weights (or scatter of the gradients) of each virtual stage: dense, experts."""
+        weights, size = self.weights(branch), DTYPE_BYTES[getattr(self.bounds.scenario.choices.precision, what)]
+        dense, expert = self._wires(branch)
+        return (
+            dense.latency_s * weights.dense_layers + dense.per_byte_s * weights.dense * size,
+            expert.latency_s * weights.expert_layers + expert.per_byte_s * weights.expert * size,
+        )
+
+    def _sharding(self, branch: Branch, stages: tuple[int, int], *, gather: bool = False) -> Floats:
+        """[V, 1, D, E]: of all gathers, or of all reductions (an all-reduce is two), once a step."""
+        dense_V, expert_V = self._exchanged_s(branch, "weights" if gather else "gradients")
+        times = {stages[0]: 1.0 if gather else 2.0, stages[1]: 1.0}
+        dense = np.array([times.get(zero, 0.0) for zero in branch.zero_dense])
+        expert = np.array([times.get(zero, 0.0) for zero in branch.zero_expert])
+        return (dense_V[:, None, None] * dense[None, :, None] + expert_V[:, None, None] * expert)[:, None]
+
+    def _in_passes(self, branch: Branch) -> Floats:
+        """[V, 1, D, E]: of each micro-batch: ZeRO 2 scatters once, ZeRO 3 also gathers twice."""
+        out = np.zeros((len(branch.layout.stages), 1, len(branch.zero_dense), len(branch.zero_expert)))
+        scatter, gather = self._exchanged_s(branch, "gradients"), self._exchanged_s(branch, "weights")
+        for d, zero in enumerate(branch.zero_dense):
+            out[:, 0, d, :] += ((zero >= 2) * scatter[0] + (zero == 3) * 2 * gather[0])[:, None]
+        for e, zero in enumerate(branch.zero_expert):
+            out[:, 0, :, e] += ((zero >= 2) * scatter[1] + (zero == 3) * 2 * gather[1])[:, None]
+        return out
+
+    def _update(self, branch: Branch) -> Floats:
+        """[P, 1, D, E]: of the optimizer."""
+        weights, shape = self.weights(branch), self.bounds.shape(branch.layout)
+        dense_replicas, expert_replicas = branch.layout.replicas
+        dense = np.array([1 / dense_replicas if zero else 1.0 for zero in branch.zero_dense])
+        expert = np.array([1 / expert_replicas if zero else 1.0 for zero in branch.zero_expert])
+        held_PV = [list(held) for held in shape.virtual]
+        dense_P = np.array([weights.dense[held].sum() for held in held_PV])
+        expert_P = np.array([weights.expert[held].sum() for held in held_PV])
+        updated = dense_P[:, None, None] * dense[None, :, None] + expert_P[:, None, None] * expert
+        return self.bounds.prices.optimizer_s(updated)[:, None]
+
+    # ---- one plan
+
+    def plan_s(self, plan: Plan) -> float:
+        """A closer bound of one plan: its passes run in the schedule's order, each as long as its chain."""
+        machine = menu.module("schedules", plan.schedule)
+        copies = machine.COPIES if self.bounds.training else 1
+        branch = branch_of(plan, copies, (plan.dp * plan.cp * copies, plan.edp * copies))
+        passes = self.bounds.passes(branch)
+        shape = self.bounds.shape(branch.layout)
+        pair = passes.pair[:, :, 0] if copies > 1 else None
+
+        def pair_s(stage: int, slot: Slot) -> float:
+            assert pair is not None
+            held = {action.kind == "F": shape.virtual[stage][action.chunk] for action in slot}
+            return float(pair[held[True], held[False]])
+
+        durations = [
+            [
+                {
+                    "F": float(passes.forward[v, 0]), "B": float(passes.backward[v, 0]),
+                    "I": float(passes.input_gradient[v, 0]), "W": float(passes.weight_gradient[v, 0]),
+                }
+                for v in held
+            ]
+            for held in shape.virtual
+        ]  # fmt: skip
+        times = finish_times(
+            orders(plan, self.bounds.scenario), virtual_stages=shape.virtual, durations_s=durations,
+            hop_s=float(passes.hop[0]), pair_s=pair_s if copies > 1 else None,
+        )  # fmt: skip
+        ends = np.array([stage[-1] for stage in times.finish_s])
+        if not self.bounds.training:
+            return float(ends.max())
+        _, closing, _ = self._once(branch, passes)
+        return float(max((ends + closing[:, 0, 0, 0]).max(), self.branch_s(branch)[0, 0, 0]))
