@@ -44,7 +44,15 @@ def test_the_two_lines_are_at_the_top() -> None:
 
 
 def test_there_are_commands_to_check() -> None:
-    assert {words_of(line)[0] for line in COMMANDS} >= {"plan", "simulate", "what-if", "list", "show", "sources", "export"}
+    assert {words_of(line)[0] for line in COMMANDS} >= {
+        "plan",
+        "simulate",
+        "what-if",
+        "list",
+        "show",
+        "sources",
+        "export",
+    }
 
 
 @pytest.mark.parametrize("line", COMMANDS)

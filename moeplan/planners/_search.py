@@ -1,0 +1,182 @@
+"""Best bound first: the queue of branches and plans, and what has been learned of each plan."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeplan.compiler.compile_plan import compile_plan
+from moeplan.compiler.footprint import fits
+from moeplan.cost.cost_model import CostModel
+from moeplan.domain.plan import Plan
+from moeplan.domain.program import Floats
+from moeplan.domain.timeline import Timeline
+from moeplan.errors import InfeasibleError
+from moeplan.planners._bounds import Bounds
+from moeplan.planners._space import Branch, Space
+from moeplan.planners._step import StepBounds
+from moeplan.simulator.simulate import simulate
+
+Progress = Callable[[str, float, float], None]
+_ROUNDING = 1e-9
+"""Bounds and simulation add the same numbers in another order."""
+KEPT = 64
+"""Plans with a closer bound that are remembered as runners-up."""
+
+
+@dataclass(order=True, slots=True)
+class _Entry:
+    """A branch not yet opened, an opened one (by its best plan left), or a plan with a closer bound."""
+
+    bound_s: float
+    number: int
+    rank: int = field(compare=False)
+    """0: branch, 1: opened branch, 2: plan."""
+    what: object = field(compare=False)
+
+
+@dataclass(slots=True)
+class _Opened:
+    """The plans of a branch in the order of their bounds."""
+
+    branch: Branch
+    bounds_s: Floats
+    order: np.ndarray[tuple[int], np.dtype[np.int64]]
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A simulated plan."""
+
+    plan: Plan
+    bound_s: float
+    step_s: float
+
+
+@dataclass
+class Search:
+    """One run of the search. `best` and `timeline` are of the best plan found, `lower_bound_s` of all that is left and found."""
+
+    space: Space
+    gap: float
+    time_limit_s: float | None
+    progress: Progress | None
+    best: Tried | None = None
+    timeline: Timeline | None = None
+    tried: list[Tried] = field(default_factory=list)
+    bounded: list[tuple[float, Plan]] = field(default_factory=list)
+    infeasible: int = 0
+    too_big: tuple[float, Plan] | None = None
+    front_s: float = 0.0
+    proven: bool = False
+    _queue: list[_Entry] = field(default_factory=list)
+    _count: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.space.branches:
+            raise InfeasibleError(no_layout(self.space))
+        self.scenario = self.space.scenario
+        self.steps = StepBounds(Bounds(self.scenario))
+        self.cost_model = CostModel(gpu=self.scenario.cluster.gpu)
+
+    @property
+    def lower_bound_s(self) -> float:
+        """No plan of the space is faster."""
+        assert self.best is not None
+        return min(self.front_s, self.best.step_s)
+
+    def run(self) -> None:
+        """Until the best plan is proven, the time is over, or nothing is left. Raises InfeasibleError if nothing fits."""
+        started = time.monotonic()
+        self._bound_branches()
+        while self._queue:
+            self.front_s = self._queue[0].bound_s
+            if self.best is not None and self.front_s >= self.best.step_s / (1 + self.gap) * (1 - _ROUNDING):
+                break
+            if self.best is not None and self._is_over(started):
+                break
+            self._advance(heapq.heappop(self._queue))
+        else:
+            self.front_s = np.inf
+        if self.best is None:
+            raise InfeasibleError(nothing_fits(self))
+        self.proven = self.front_s >= self.best.step_s * (1 - _ROUNDING)
+
+    def _is_over(self, started: float) -> bool:
+        return self.time_limit_s is not None and time.monotonic() - started > self.time_limit_s
+
+    def _bound_branches(self) -> None:
+        branches = self.space.branches
+        for number, branch in enumerate(branches):
+            if self.progress is not None and number % 500 == 0:
+                self.progress("bounding layouts", number, len(branches))
+            self._push(float(self.steps.bounds.pipeline_s(branch).min()), 0, branch)
+
+    def _push(self, bound_s: float, rank: int, what: object) -> None:
+        self._count += 1
+        heapq.heappush(self._queue, _Entry(bound_s, self._count, rank, what))
+
+    def _advance(self, entry: _Entry) -> None:
+        if entry.rank == 0:
+            assert isinstance(entry.what, Branch)
+            self._open(entry.what)
+        elif entry.rank == 1:
+            assert isinstance(entry.what, _Opened)
+            self._next_plan(entry.what)
+        else:
+            assert isinstance(entry.what, Plan)
+            self._try(entry.what, entry.bound_s)
+
+    def _open(self, branch: Branch) -> None:
+        bounds = self.steps.branch_s(branch)
+        every = np.broadcast_to(bounds[..., None], (*bounds.shape, len(branch.arbitration))).ravel()
+        opened = _Opened(branch, every, np.argsort(every, kind="stable"))
+        self._push(float(every[opened.order[0]]), 1, opened)
+
+    def _next_plan(self, opened: _Opened) -> None:
+        plan = self.space.plan(opened.branch, int(opened.order[opened.at]))
+        bound_s = float(opened.bounds_s[opened.order[opened.at]])
+        opened.at += 1
+        if opened.at < len(opened.order):
+            self._push(float(opened.bounds_s[opened.order[opened.at]]), 1, opened)
+        if not fits(plan, self.scenario):
+            self.infeasible += 1
+            if self.too_big is None or bound_s < self.too_big[0]:
+                self.too_big = (bound_s, plan)
+            return
+        closer = max(bound_s, self.steps.plan_s(plan))
+        self._push(closer, 2, plan)
+        self.bounded.append((closer, plan))
+        if len(self.bounded) > 4 * KEPT:
+            self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]
+
+    def _try(self, plan: Plan, bound_s: float) -> None:
+        timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
+        found = Tried(plan, bound_s, timeline.step_s)
+        self.tried.append(found)
+        if self.best is None or found.step_s < self.best.step_s:
+            self.best, self.timeline = found, timeline
+        if self.progress is not None:
+            self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
+
+
+def no_layout(space: Space) -> str:
+    """Why there is not a single legal plan."""
+    scenario = space.scenario
+    return (
+        f"{scenario.name}: no layout of {scenario.cluster.num_gpus} GPUs divides heads, experts, layers and a global batch "
+        f"of {scenario.workload.global_batch} under `choose`; widen choose or use a batch divisible by more numbers"
+    )
+
+
+def nothing_fits(search: Search) -> str:
+    """Which constraint binds, and the smallest change that helps."""
+    from moeplan.compiler.footprint import check_memory, least_over
+
+    plan, over = least_over(search.space)
+    return f"{search.scenario.name}: no plan fits the memory: {check_memory(plan, search.scenario)} ({over})"
