@@ -81,11 +81,11 @@ def plan(
 
 def check_search(*, planner: str, time_limit_s: float | None, gap: float) -> None:
     """Raises MoeplanError for a planner that is not on the menu, a time limit without time and a gap below 0."""
-    menu.module("planners", planner)
     if not 0 <= gap < float("inf"):
         raise MoeplanError(f"gap: {gap} is no share of the step; use 0 (proven best) or more, such as 0.01")
     if time_limit_s is not None and not 0 < time_limit_s < float("inf"):
         raise MoeplanError(f"time limit: {time_limit_s} s is no time; use more than 0, such as 60")
+    menu.module("planners", planner)
 
 
 def simulate(

@@ -268,15 +268,16 @@ def _remedy(plan: Plan, scenario: Scenario, worst: StageMemory) -> str:
     """The first of the smallest changes that makes the plan fit, or how many times as many GPUs."""
     for change in _changes(plan, scenario):
         other = plan.model_copy(update=change)
-        if next(problems(other, scenario), None) is None and _fits(other, scenario):
+        if next(problems(other, scenario), None) is None and filled_share(other, scenario) <= 1:
             return "use " + " and ".join(f"{name} {value}" for name, value in change.items())
     times = worst.total / worst.usable
     return f"no other micro_batch, recompute or ZeRO stage helps; use more GPUs, {times:.1f} times as many or more"
 
 
-def _fits(plan: Plan, scenario: Scenario) -> bool:
+def filled_share(plan: Plan, scenario: Scenario) -> float:
+    """Peak bytes of the fullest rank over what is usable; the plan fits if it is 1 or less."""
     total_P = (states(plan, scenario) + held(plan, scenario)).total_P
-    return bool(total_P.max() <= scenario.cluster.gpu.usable_memory_bytes)
+    return float(total_P.max()) / scenario.cluster.gpu.usable_memory_bytes
 
 
 def _changes(plan: Plan, scenario: Scenario) -> Iterator[Mapping[str, object]]:

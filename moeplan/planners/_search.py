@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moeplan.compiler import footprint
 from moeplan.compiler.compile_plan import compile_plan
-from moeplan.compiler.footprint import fits
 from moeplan.cost.cost_model import CostModel
+from moeplan.domain.causes import breakdown_s
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats
 from moeplan.domain.timeline import Timeline
@@ -56,6 +57,7 @@ class Tried:
     plan: Plan
     bound_s: float
     step_s: float
+    causes_s: dict[str, float]
 
 
 @dataclass
@@ -72,6 +74,9 @@ class Search:
     bounded: list[tuple[float, Plan]] = field(default_factory=list)
     infeasible: int = 0
     too_big: tuple[float, Plan] | None = None
+    """Of the plans that do not fit the one with the lowest bound."""
+    smallest: tuple[float, Plan] | None = None
+    """Share of the usable memory, and the plan that needs least."""
     front_s: float = 0.0
     proven: bool = False
     _queue: list[_Entry] = field(default_factory=list)
@@ -98,7 +103,7 @@ class Search:
             self.front_s = self._queue[0].bound_s
             if self.best is not None and self.front_s >= self.best.step_s / (1 + self.gap) * (1 - _ROUNDING):
                 break
-            if self.best is not None and self._is_over(started):
+            if self._is_over(started):
                 break
             self._advance(heapq.heappop(self._queue))
         else:
@@ -106,6 +111,22 @@ class Search:
         if self.best is None:
             raise InfeasibleError(nothing_fits(self))
         self.proven = self.front_s >= self.best.step_s * (1 - _ROUNDING)
+
+    def unresolved(self) -> int:
+        """Plans whose bound is below the best step found and that were not simulated, counted where branches are open."""
+        assert self.best is not None
+        total = 0
+        for entry in self._queue:
+            if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
+                if entry.rank == 0:
+                    bounds = self.steps.branch_s(entry.what)  # type: ignore[arg-type]
+                    total += int((bounds < self.best.step_s).sum()) * len(entry.what.arbitration)  # type: ignore[attr-defined]
+                elif entry.rank == 1:
+                    opened: _Opened = entry.what  # type: ignore[assignment]
+                    total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
+                else:
+                    total += 1
+        return total
 
     def _is_over(self, started: float) -> bool:
         return self.time_limit_s is not None and time.monotonic() - started > self.time_limit_s
@@ -133,10 +154,44 @@ class Search:
             self._try(entry.what, entry.bound_s)
 
     def _open(self, branch: Branch) -> None:
+        """The plans of a branch that fit, best bound first."""
         bounds = self.steps.branch_s(branch)
-        every = np.broadcast_to(bounds[..., None], (*bounds.shape, len(branch.arbitration))).ravel()
-        opened = _Opened(branch, every, np.argsort(every, kind="stable"))
-        self._push(float(every[opened.order[0]]), 1, opened)
+        sizes = [len(values) for values in branch.lists]
+        every = np.broadcast_to(bounds[..., None], (*bounds.shape, sizes[-1])).ravel()
+        share = np.broadcast_to(self._filled(branch)[..., None], sizes).ravel()
+        self._remember_smallest(branch, share, every)
+        order = np.argsort(every, kind="stable")
+        order = order[share[order] <= 1]
+        self.infeasible += len(every) - len(order)
+        if len(order):
+            self._push(float(every[order[0]]), 1, _Opened(branch, every, order))
+
+    def _filled(self, branch: Branch) -> Floats:
+        """Share of the usable memory that the fullest rank needs, by all choices but arbitration."""
+        sizes = [len(values) for values in branch.lists]
+        usable = self.scenario.cluster.gpu.usable_memory_bytes
+        held, kept = {}, {}
+        for index in np.ndindex(*sizes[:6]):
+            passing, staying = (index[0], index[1], index[3]), (index[4], index[5])
+            if passing not in held or staying not in kept:
+                plan = self.space.plan(branch, int(np.ravel_multi_index((*index, 0), sizes)))
+                held.setdefault(passing, footprint.held(plan, self.scenario).total_P)
+                kept.setdefault(staying, footprint.states(plan, self.scenario).total_P)
+        found = np.empty(sizes[:6])
+        for (m, r, o), first in held.items():
+            for (d, e), second in kept.items():
+                found[m, r, :, o, d, e] = (first + second).max() / usable
+        return found
+
+    def _remember_smallest(self, branch: Branch, share: Floats, bounds_s: Floats) -> None:
+        """The plan that comes nearest to fitting, and the fastest that does not, for those who ask why."""
+        least = int(share.argmin())
+        if self.smallest is None or share[least] < self.smallest[0]:
+            self.smallest = (float(share[least]), self.space.plan(branch, least))
+        over = np.where(share > 1, bounds_s, np.inf)
+        fastest = int(over.argmin())
+        if over[fastest] < (np.inf if self.too_big is None else self.too_big[0]):
+            self.too_big = (float(over[fastest]), self.space.plan(branch, fastest))
 
     def _next_plan(self, opened: _Opened) -> None:
         plan = self.space.plan(opened.branch, int(opened.order[opened.at]))
@@ -144,11 +199,6 @@ class Search:
         opened.at += 1
         if opened.at < len(opened.order):
             self._push(float(opened.bounds_s[opened.order[opened.at]]), 1, opened)
-        if not fits(plan, self.scenario):
-            self.infeasible += 1
-            if self.too_big is None or bound_s < self.too_big[0]:
-                self.too_big = (bound_s, plan)
-            return
         closer = max(bound_s, self.steps.plan_s(plan))
         self._push(closer, 2, plan)
         self.bounded.append((closer, plan))
@@ -157,7 +207,7 @@ class Search:
 
     def _try(self, plan: Plan, bound_s: float) -> None:
         timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
-        found = Tried(plan, bound_s, timeline.step_s)
+        found = Tried(plan, bound_s, timeline.step_s, breakdown_s(timeline))
         self.tried.append(found)
         if self.best is None or found.step_s < self.best.step_s:
             self.best, self.timeline = found, timeline
@@ -176,7 +226,8 @@ def no_layout(space: Space) -> str:
 
 def nothing_fits(search: Search) -> str:
     """Which constraint binds, and the smallest change that helps."""
-    from moeplan.compiler.footprint import check_memory, least_over
-
-    plan, over = least_over(search.space)
-    return f"{search.scenario.name}: no plan fits the memory: {check_memory(plan, search.scenario)} ({over})"
+    assert search.smallest is not None
+    share, plan = search.smallest
+    scenario = search.scenario
+    least = f"the smallest of {search.space.size} plans needs {share:.2f} times the usable memory of a GPU"
+    return f"{scenario.name}: memory binds: {least}: {footprint.check_memory(plan, scenario)}"

@@ -24,9 +24,9 @@ from moeplan.errors import MoeplanError
 
 SMALL = "tiny-moe-2-ranks"
 FEW = (
-    "choose.tp=1", "choose.cp=1", "choose.etp=1", "choose.micro_batch=1", "choose.recompute=none", "choose.zero_dense=1",
-    "choose.zero_expert=1", "choose.overlap_degree=1", "choose.schedule=one_f_one_b", "choose.arbitration=fair",
-    "choose.rank_order=tp-cp-ep-dp-pp", "choose.all_to_all=linear",
+    "choose.tp=1", "choose.cp=1", "choose.etp=1", "choose.micro_batch=1", "choose.recompute=none",
+    "choose.zero_dense=1", "choose.zero_expert=1", "choose.overlap_degree=1", "choose.schedule=one_f_one_b",
+    "choose.arbitration=fair", "choose.rank_order=tp-cp-ep-dp-pp", "choose.all_to_all=linear",
 )  # fmt: skip
 """What leaves few plans, so that they are sought quickly."""
 SET = [word for setting in FEW for word in ("--set", setting)]
@@ -320,7 +320,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 def test_a_full_disk_is_one_message() -> None:
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         done = subprocess.run(command("list", "models"), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("moeplan: cannot write")
