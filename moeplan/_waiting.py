@@ -65,7 +65,7 @@ def _lines(what: str) -> Iterator[Tell]:
         nonlocal due
         if time.monotonic() >= due:
             due = time.monotonic() + _LINE_EVERY_S
-            share = f" ({done:,.0f} of {total:,.0f})" if total else ""
+            share = f" ({100 * done / total:.1f} %)" if total else ""
             print(f"{what}: {message}{share}", file=sys.stderr, flush=True)
 
     yield tell

@@ -51,7 +51,8 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path}: relative import"
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
             yield from (f"moeplan.{alias.name}" for alias in node.names) if node.module == "moeplan" else (node.module,)
 
 

@@ -10,7 +10,7 @@ chain. Wires are priced as if nothing else used them, at position 0 of a stage; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import product
@@ -18,12 +18,14 @@ from itertools import product
 import numpy as np
 
 from moeplan import menu
+from moeplan.compiler.route import Load
+from moeplan.domain.model import Layer
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats, Ints
 from moeplan.domain.scenario import Scenario
 from moeplan.planners._chains import Chain, Exchanges, backward, forward, weights
 from moeplan.planners._groups import Grid, cheapest, grid_of, send_wire, uneven_wires
-from moeplan.planners._prices import WORKS, Prices, hottest
+from moeplan.planners._prices import ENDS, WORKS, Kind, Prices, hottest
 from moeplan.planners._space import Branch, Layout
 from moeplan.schedules import Order
 
@@ -71,13 +73,22 @@ class Shape:
     virtual: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chains:
+    """Of each kind of layer, stacked [K, U]: the chains of the passes, seconds of W, and [end, pass, U] of the model's ends."""
+
+    by_pass: dict[str, Chain]
+    weights: Floats
+    ends: Floats
+
+
 @dataclass
 class Bounds:
     """Bounds of the branches of one scenario."""
 
     scenario: Scenario
     prices: Prices = field(init=False)
-    _chains: dict[tuple[object, ...], dict[str, Chain | Floats]] = field(default_factory=dict)
+    _chains: dict[tuple[object, ...], Chains] = field(default_factory=dict)
     _shapes: dict[tuple[object, ...], Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,51 +147,39 @@ class Bounds:
         """[U]: micro-batches of each row."""
         per_replica = self.scenario.workload.global_batch // branch.layout.dp
         sizes = np.array(branch.micro_batch, np.float64)
-        return _rows(per_replica / sizes[:, None, None, None], branch)
+        return _spread(per_replica / sizes[:, None, None, None], tuple(len(values) for values in branch.lists[:4]))
 
     # ---- passes through stages
 
     def passes(self, branch: Branch) -> Passes:
-        """The chains of every virtual stage."""
-        layout, shape = branch.layout, self.shape(branch.layout)
-        chain, ends = self.chains(branch)
-        last = len(shape.counts_VK) - 1
-        built: dict[str, list[Floats]] = {name: [] for name in Passes.__dataclass_fields__ if name != "hop"}
-        for stage in range(last + 1):
-            for name, value in self._stage(stage, last, shape, chain, ends).items():
-                built[name].append(value)
-        hop = send_wire(self.prices, layout)
-        size = self._send_bytes(branch)
-        hop_U = (hop.latency_s + hop.per_byte_s * size) if len(shape.virtual) > 1 else np.zeros_like(size)
-        return Passes(hop=hop_U, **{name: np.array(values) for name, values in built.items()})
-
-    def _stage(
-        self, stage: int, last: int, shape: Shape, chain: dict[str, tuple[Chain, ...]], ends: Floats
-    ) -> dict[str, Floats]:
-        """One virtual stage: its layers, the embedding before the first, head and predictions behind the last."""
-        first, final, tail = stage == 0, stage == last, shape.extra if stage == last else ()
-        embedding, head, prediction = ends
+        """The chains of every virtual stage: its layers, the embedding before the first, head and predictions after the last."""
+        shape = self.shape(branch.layout)
+        chains = self.chains(branch)
         out: dict[str, Floats] = {}
-        for name, key, p in (("forward", "F", _F), ("backward", "B", _B), ("input_gradient", "I", _I)):
-            at = chain[key]
-            total = _summed([c.span for c in at], shape.counts_VK[stage])
-            busy = _summed([c.busy for c in at], shape.counts_VK[stage])
-            sent = _summed([c.sent for c in at], shape.counts_VK[stage])
-            for kind in tail:
-                total, busy = total + at[kind].span + head[p] + prediction[p], busy + at[kind].busy + head[p] + prediction[p]
-                sent = sent + at[kind].sent
-            own = (embedding[p] if first and p != _I else 0.0) + (head[p] if final else 0.0)
-            opens, closes = (first, final) if p == _F else (final, first and p == _B)
+        for name, p in (("forward", _F), ("backward", _B), ("input_gradient", _I)):
+            chain, ends = chains.by_pass[name], chains.ends[:, p]
+            total, busy, sent = (shape.counts_VK @ of for of in (chain.span, chain.busy, chain.sent))
             start, end = (shape.first_V, shape.last_V) if p == _F else (shape.last_V, shape.first_V)
-            loose = (0.0 if opens else at[start[stage]].lead) + (0.0 if closes else at[end[stage]].trail)
-            out[name] = np.maximum(total + own - loose, 0.0)
-            if name != "input_gradient":
-                out[f"busy_{name}"], out[f"sent_{name}"] = busy + own, sent
-        gradient = _summed(list(chain["W"]), shape.counts_VK[stage])
-        for kind in tail:
-            gradient = gradient + chain["W"][kind] + head[_W] + prediction[_W]
-        out["weight_gradient"] = gradient + (head[_W] if final else 0.0)
-        return out
+            lead, trail = chain.lead[start], chain.trail[end]
+            opens, closes = (0, -1) if p == _F else (-1, 0)
+            lead[opens] = 0.0
+            if p != _I:
+                trail[closes] = 0.0
+                total[0], busy[0] = total[0] + ends[0], busy[0] + ends[0]
+            tail = sum(chain.span[kind] + ends[1] + ends[2] for kind in shape.extra) + ends[1]
+            total[-1], busy[-1] = total[-1] + tail, busy[-1] + ends[1]
+            out[name] = np.maximum(total - lead - trail, 0.0)
+            out[f"busy_{name}"], out[f"sent_{name}"] = busy, sent
+        gradient = shape.counts_VK @ chains.weights
+        gradient[-1] += sum(chains.weights[kind] + chains.ends[1, _W] + chains.ends[2, _W] for kind in shape.extra)
+        gradient[-1] += chains.ends[1, _W]
+        hop, size = send_wire(self.prices, branch.layout), self._send_bytes(branch)
+        hop_U = (hop.latency_s + hop.per_byte_s * size) if len(shape.virtual) > 1 else np.zeros_like(size)
+        return Passes(
+            forward=out["forward"], backward=out["backward"], input_gradient=out["input_gradient"], weight_gradient=gradient,
+            busy_forward=out["busy_forward"], busy_backward=out["busy_backward"], sent_forward=out["sent_forward"],
+            sent_backward=out["sent_backward"], hop=hop_U,
+        )  # fmt: skip
 
     def _send_bytes(self, branch: Branch) -> Floats:
         """[U]: of one send."""
@@ -188,7 +187,8 @@ class Bounds:
         sizes = np.array(branch.micro_batch, np.float64)[:, None, None, None] * workload.query_length
         tokens = np.ceil(sizes / (layout.cp if workload.phase != "decode" else 1) / layout.tp)
         width = model.hidden_size * max(1, model.layers[0].hyper_streams)
-        return _rows(tokens * width * self.prices.element_bytes("activations"), branch)
+        size = tokens * width * self.prices.element_bytes("activations")
+        return _spread(size, tuple(len(values) for values in branch.lists[:4]))
 
     def shape(self, layout: Layout) -> Shape:
         """How the kinds of layer are spread over the virtual stages."""
@@ -213,100 +213,98 @@ class Bounds:
 
     # ---- chains of layers
 
-    def chains(self, branch: Branch) -> tuple[dict[str, tuple[Chain, ...]], Floats]:
-        """By pass the chain of each kind (for W its seconds), and [end, pass, U] of the model's ends."""
+    def chains(self, branch: Branch) -> Chains:
+        """The chains of the layers in every row; branches with the same lists, degrees and wires share them."""
         grid = grid_of(branch.layout)
-        key = (grid, branch.micro_batch, branch.recompute, branch.all_to_all, branch.overlap_degree)
+        wires = [cheapest(self.prices, grid, axis) for axis in ("tp", "cp", "etp")]
+        if grid.ep > 1 and self.prices.is_even:
+            wires += [cheapest(self.prices, grid, "ep", algorithm) for algorithm in branch.all_to_all]
+        which = () if self.prices.is_even else (grid.far, grid.edp, grid.block, grid.pp)
+        degrees = (grid.tp, grid.cp, grid.ep, grid.etp)
+        key = (*degrees, *wires, *which, branch.micro_batch, branch.recompute, branch.all_to_all, branch.overlap_degree)
         if key not in self._chains:
-            self._chains[key] = self._build(branch, grid)  # type: ignore[assignment]
-        return self._chains[key]  # type: ignore[return-value]
+            self._chains[key] = self._build(branch, grid)
+        return self._chains[key]
 
-    def _build(self, branch: Branch, grid: Grid) -> tuple[dict[str, tuple[Chain, ...]], Floats]:
-        rows = list(product(branch.micro_batch, branch.recompute, branch.all_to_all, branch.overlap_degree))
-        layers = [self.prices.layers(grid.tp, grid.cp, row[0], row[1]) for row in rows]
-        table_UKWP = np.array([table for table, _ in layers])
-        ends = np.array([ends for _, ends in layers]).transpose(1, 2, 0)
-        exchanges, experts_UKP = self._exchanges(branch, grid, rows)
-        full = np.array([row[1] == "full" for row in rows])
-        out: dict[str, list[Chain]] = {"F": [], "B": [], "I": []}
+    def _build(self, branch: Branch, grid: Grid) -> Chains:
+        sizes = tuple(len(values) for values in branch.lists[:4])
+        layers = [[self.prices.layers(grid.tp, grid.cp, m, r) for r in branch.recompute] for m in branch.micro_batch]
+        table_MRKWP = np.array([[table for table, _ in row] for row in layers])
+        ends_MREP = np.array([[ends for _, ends in row] for row in layers])
+        exchanges, experts_MROKP = self._exchanges(branch, grid)
+        full = _spread(np.array([each == "full" for each in branch.recompute])[None, :, None, None], sizes)
+        built: dict[str, list[Chain]] = {"forward": [], "backward": [], "input_gradient": []}
         gradient: list[Floats] = []
         for k, kind in enumerate(self.prices.kinds[0]):
-            layer = kind.layer
-            flags = {
-                "has_mixer": bool(layer.blocks), "has_experts": layer.is_moe,
-                "has_dense": layer.feed_forward is not None and not layer.is_moe,
-            }  # fmt: skip
             cost = [
-                {**{w: table_UKWP[:, k, at, p] for at, w in enumerate(WORKS)}, "experts": experts_UKP[:, k, p]}
+                {w: _spread(table_MRKWP[:, :, None, None, k, at, p], sizes) for at, w in enumerate(WORKS)}
+                | {"experts": _spread(experts_MROKP[:, :, None, :, k, p], sizes)}
                 for p in range(4)
             ]
-            chosen = [_by_parts(forward, c, exchanges[k], branch, flags) for c in cost[:1]]
-            again = [_by_parts(backward, c, exchanges[k], branch, flags) for c in cost[1:3]]
-            out["F"].append(chosen[0])
-            for name, chain in zip("BI", again, strict=True):
-                out[name].append(_where(full, chosen[0].then(chain), chain))
-            gradient.append(weights(cost[_W], parts=np.array([row[3] for row in rows])))  # type: ignore[arg-type]
-        found: dict[str, tuple[Chain, ...]] = {name: tuple(values) for name, values in out.items()}
-        found["W"] = tuple(gradient)  # type: ignore[arg-type]
-        return found, ends
+            onward = _by_parts(forward, cost[_F], exchanges[k], branch, kind.layer)
+            built["forward"].append(onward)
+            for name, p in (("backward", _B), ("input_gradient", _I)):
+                chain = _by_parts(backward, cost[p], exchanges[k], branch, kind.layer)
+                built[name].append(_where(full, onward.then(chain), chain))
+            parts = _spread(np.array(branch.overlap_degree)[None, None, None, :], sizes)
+            gradient.append(weights(cost[_W], parts=parts))
+        ends = np.array([[_spread(ends_MREP[:, :, None, None, e, p], sizes) for p in range(4)] for e in range(len(ENDS))])
+        return Chains(
+            by_pass={name: _stacked(chains) for name, chains in built.items()}, weights=np.array(gradient), ends=ends
+        )
 
-    def _exchanges(
-        self, branch: Branch, grid: Grid, rows: list[tuple[int, str, str, int]]
-    ) -> tuple[list[Exchanges], Floats]:
-        """For each kind the exchanges of every row, and [U, K, P] seconds of the experts."""
+    def _exchanges(self, branch: Branch, grid: Grid) -> tuple[list[Exchanges], Floats]:
+        """For each kind the exchanges of every row, and [M, R, O, K, P] seconds of the experts."""
         model, workload, prices = self.scenario.model, self.scenario.workload, self.prices
-        kinds = prices.kinds[0]
-        act = prices.element_bytes("activations")
+        kinds, act = prices.kinds[0], prices.element_bytes("activations")
         tensor, context = cheapest(prices, grid, "tp"), cheapest(prices, grid, "cp")
-        columns = {name: np.zeros((len(kinds), len(rows))) for name in ("t", "c", "x", "d", "h", "b")}
-        experts = np.zeros((len(rows), len(kinds), 4))
-        for u, (micro_batch, recompute, algorithm, parts) in enumerate(rows):
+        sizes = tuple(len(values) for values in branch.lists[:4])
+        columns = {name: np.zeros((len(kinds), *sizes)) for name in ("t", "c", "x", "d", "h", "b")}
+        experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 4))
+        for m, micro_batch in enumerate(branch.micro_batch):
             plan, load = prices.load(grid.ep, grid.etp, grid.tp, grid.cp, micro_batch)
-            plan = plan.model_copy(update={"recompute": recompute})
             batch = micro_batch * workload.query_length
             group = batch if workload.phase == "decode" else batch // grid.cp
             if grid.tp > 1:
-                columns["t"][:, u] = tensor.latency_s + tensor.per_byte_s * group * model.hidden_size * act
-            experts[u] = prices.experts(grid.ep, grid.etp, -(-group // grid.tp), parts, plan=plan, load=load)
+                columns["t"][:, m] = tensor.latency_s + tensor.per_byte_s * group * model.hidden_size * act
+            for (r, recompute), (o, parts) in product(enumerate(branch.recompute), enumerate(branch.overlap_degree)):
+                experts[m, r, o] = prices.experts(plan, load, recompute=recompute, parts=parts)
             for k, kind in enumerate(kinds):
                 per_token = sum(block.cache_elements_per_token(grid.tp) for block in kind.layer.blocks)
                 if grid.cp > 1 and per_token and workload.phase != "decode":
-                    columns["c"][k, u] = context.latency_s + context.per_byte_s * per_token * batch * act
-                if kind.layer.experts is not None and load is not None:
-                    self._routed(columns, k, u, grid=grid, algorithm=algorithm, parts=parts, load=load)
+                    columns["c"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
+                if kind.layer.is_moe and load is not None:
+                    self._routed({name: column[k, m] for name, column in columns.items()}, kind, branch, grid, load)
         return [
             Exchanges(
-                tensor=columns["t"][k], context=columns["c"][k], expert_tensor=columns["x"][k], dispatch=columns["d"][k],
-                dispatch_hottest=columns["h"][k], combine=columns["b"][k], is_even=prices.is_even,
+                tensor=columns["t"][k].ravel(), context=columns["c"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
+                dispatch=columns["d"][k].ravel(), dispatch_hottest=columns["h"][k].ravel(),
+                combine=columns["b"][k].ravel(), is_even=prices.is_even,
             )
             for k in range(len(kinds))
         ], experts  # fmt: skip
 
-    def _routed(self, columns: dict[str, Floats], k: int, u: int, *, grid: Grid, algorithm: str, parts: int, load: object) -> None:
-        """Dispatch, combine and expert-tensor exchanges of one kind in one row."""
-        from moeplan.compiler.route import Load
-
-        assert isinstance(load, Load)
-        kind, prices = self.prices.kinds[0][k], self.prices
-        experts = kind.layer.experts
+    def _routed(self, out: dict[str, Floats], kind: Kind, branch: Branch, grid: Grid, load: Load) -> None:
+        """Fills in dispatch, combine and expert-tensor exchanges [R, A, O] of one kind and micro-batch."""
+        experts, prices = kind.layer.experts, self.prices
         assert experts is not None
-        if grid.ep > 1:
-            tokens, share = load.traffic(kind.moe)
-            elements = tokens * experts.expert_input / parts / grid.etp
-            out, back = elements * prices.element_bytes("dispatch"), elements * prices.element_bytes("combine")
-            if share is None:
-                wire = cheapest(prices, grid, "ep", algorithm)
-                columns["d"][k, u] = columns["h"][k, u] = wire.latency_s + wire.per_byte_s * out
-                columns["b"][k, u] = wire.latency_s + wire.per_byte_s * back
+        parts_O = np.array(branch.overlap_degree, np.float64)
+        tokens, _ = load.traffic(kind.moe)
+        elements_O = tokens * experts.expert_input / parts_O / grid.etp
+        there_O, back_O = (elements_O * prices.element_bytes(way) for way in ("dispatch", "combine"))
+        for a, algorithm in enumerate(branch.all_to_all if grid.ep > 1 else ()):
+            if prices.is_even:
+                both, own, home = (cheapest(prices, grid, "ep", algorithm),) * 3
             else:
-                there, own, home = uneven_wires(prices, grid, algorithm, load, kind.moe)
-                columns["d"][k, u] = there.latency_s + there.per_byte_s * out
-                columns["h"][k, u] = own.latency_s + own.per_byte_s * out
-                columns["b"][k, u] = home.latency_s + home.per_byte_s * back
+                both, own, home = uneven_wires(prices, grid, algorithm, load, kind.moe)
+            out["d"][:, a] = both.latency_s + both.per_byte_s * there_O
+            out["h"][:, a] = own.latency_s + own.per_byte_s * there_O
+            out["b"][:, a] = home.latency_s + home.per_byte_s * back_O
         if grid.etp > 1:
-            wire = cheapest(prices, grid, "etp")
-            rows = sum(load.rows(kind.moe, hottest(load, kind.moe), part=0, parts=parts))
-            columns["x"][k, u] = wire.latency_s + wire.per_byte_s * rows * experts.expert_input * prices.element_bytes("activations")
+            wire, width = cheapest(prices, grid, "etp"), experts.expert_input * prices.element_bytes("activations")
+            for o, parts in enumerate(branch.overlap_degree):
+                rows = sum(load.rows(kind.moe, hottest(load, kind.moe), part=0, parts=parts))
+                out["x"][..., o] = wire.latency_s + wire.per_byte_s * rows * width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,31 +346,34 @@ def _latest(slot: tuple[tuple[str, int, int], ...]) -> tuple[str, int]:
     return chosen[0], chosen[1]
 
 
-def _rows(table: Floats, branch: Branch) -> Floats:
-    """A table by micro-batch, recomputation, algorithm, overlap, broadcast and laid out as rows."""
-    sizes = [len(values) for values in branch.lists[:4]]
+def _spread(table: Floats, sizes: tuple[int, ...]) -> Floats:
+    """A table by micro-batch, recomputation, algorithm and overlap, broadcast and laid out as rows."""
     return np.broadcast_to(table, sizes).ravel()
 
 
-def _summed(values: Sequence[Floats], counts: Floats) -> Floats:
-    total = np.zeros_like(values[0])
-    for value, count in zip(values, counts, strict=True):
-        if count:
-            total = total + count * value
-    return total
-
-
-def _by_parts(chain_of, cost: dict[str, Floats], x: Exchanges, branch: Branch, flags: dict[str, bool]) -> Chain:  # type: ignore[no-untyped-def]
-    """The chain of every row, rows of one overlap degree together."""
-    degrees = np.tile(np.array(branch.overlap_degree), x.tensor.size // len(branch.overlap_degree))
+def _by_parts(
+    chain_of: Callable[..., Chain], cost: dict[str, Floats], x: Exchanges, branch: Branch, layer: Layer
+) -> Chain:
+    """The chain of every row, rows of one overlap degree together (they run fastest among the rows)."""
+    flags = {
+        "has_mixer": bool(layer.blocks), "has_experts": layer.is_moe,
+        "has_dense": layer.feed_forward is not None and not layer.is_moe,
+    }  # fmt: skip
     out = {name: np.empty_like(x.tensor) for name in Chain.__dataclass_fields__}
-    for parts in branch.overlap_degree:
-        at = degrees == parts
-        some = Exchanges(**{n: getattr(x, n)[at] if n != "is_even" else x.is_even for n in Exchanges.__dataclass_fields__})
+    for o, parts in enumerate(branch.overlap_degree):
+        at = slice(o, None, len(branch.overlap_degree))
+        some = Exchanges(
+            tensor=x.tensor[at], context=x.context[at], expert_tensor=x.expert_tensor[at], dispatch=x.dispatch[at],
+            dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], is_even=x.is_even,
+        )  # fmt: skip
         chain = chain_of({name: value[at] for name, value in cost.items()}, some, parts=parts, **flags)
-        for name in out:
-            out[name][at] = getattr(chain, name)
+        for name, value in out.items():
+            value[at] = getattr(chain, name)
     return Chain(**out)
+
+
+def _stacked(chains: list[Chain]) -> Chain:
+    return Chain(**{name: np.array([getattr(chain, name) for chain in chains]) for name in Chain.__dataclass_fields__})
 
 
 def _where(condition: Floats, yes: Chain, no: Chain) -> Chain:

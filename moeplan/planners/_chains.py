@@ -83,7 +83,7 @@ def backward(cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_expe
     return Chain(span=span, lead=lead, trail=trail, busy=busy, sent=sent)
 
 
-def weights(cost: dict[str, Floats], *, parts: int) -> Floats:
+def weights(cost: dict[str, Floats], *, parts: Floats) -> Floats:
     """Seconds of the weight gradients of a layer."""
     return sum((cost[name] for name in ("mixer", "router", "dense", "shared", "merge")), parts * cost["experts"])
 

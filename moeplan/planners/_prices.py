@@ -137,17 +137,23 @@ class Prices:
 
     def load(self, ep: int, etp: int, tp: int, cp: int, micro_batch: int) -> tuple[Plan, Load | None]:
         """The routing of one micro-batch over `ep` places."""
-        plan = self._plan(ep=ep, etp=etp, tp=tp, cp=cp, micro_batch=micro_batch)
-        return plan, load_of(self.scenario, plan, rank_tokens=Tokens.of(plan, self.scenario.workload).rank)
+        key = ("load", ep, etp, tp, cp, micro_batch)
+        if key not in self.cache:
+            plan = self._plan(ep=ep, etp=etp, tp=tp, cp=cp, micro_batch=micro_batch)
+            tokens = Tokens.of(plan, self.scenario.workload).rank
+            self.cache[key] = (plan, load_of(self.scenario, plan, rank_tokens=tokens))
+        return self.cache[key]  # type: ignore[return-value]
 
-    def experts(self, ep: int, etp: int, rank_tokens: int, parts_n: int, *, plan: Plan, load: Load | None) -> Floats:
-        """Seconds [kind, pass] of the experts on the smallest of `parts_n` parts: at the place that gets most of the layer.
+    def experts(self, plan: Plan, load: Load | None, *, recompute: str, parts: int) -> Floats:
+        """Seconds [kind, pass] of the experts on the smallest of `parts` parts: at the place that gets most of the layer.
 
         Weight gradients alone are waited for by nobody: theirs are at one place for all layers, the one that gets most in all.
         """
-        key = ("experts", ep, etp, rank_tokens, parts_n, plan.recompute == "selective")
+        tokens = Tokens.of(plan, self.scenario.workload).rank
+        key = ("experts", plan.ep, plan.etp, tokens, parts, recompute == "selective")
         if key not in self.cache:
-            self.cache[key] = self._experts(plan.model_copy(update={"overlap_degree": parts_n}), load)
+            changed = plan.model_copy(update={"overlap_degree": parts, "recompute": recompute})
+            self.cache[key] = self._experts(changed, load)
         return self.cache[key]  # type: ignore[return-value]
 
     def _experts(self, plan: Plan, load: Load | None) -> Floats:

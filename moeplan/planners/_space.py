@@ -8,9 +8,9 @@ largest forward FLOP of a stage (embedding, head and multi-token prediction with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import product
 from math import lcm
 
@@ -20,7 +20,6 @@ from moeplan import menu
 from moeplan.compiler.ranks import groups, ranks_of_stage
 from moeplan.domain.model import Model
 from moeplan.domain.plan import Arbitration, Plan, RankOrder
-from moeplan.domain.program import Ints
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import PlanError
 
@@ -31,6 +30,8 @@ RECOMPUTE = ("none", "selective", "full")
 RANK_ORDERS: tuple[RankOrder, ...] = ("tp-cp-ep-dp-pp", "tp-cp-dp-ep-pp", "tp-cp-ep-pp-dp")
 ARBITRATIONS: tuple[Arbitration, ...] = ("fair", "fifo", "a2a_first")
 ZERO = (0, 1, 2, 3)
+
+Cuts = Callable[[int], list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +169,7 @@ def _runs(schedule: str, pp: int, microbatches: int, vpp: int) -> bool:
 def _layouts(scenario: Scenario) -> Iterator[Layout]:
     model, choices, gpus = scenario.model, scenario.choices, scenario.cluster.num_gpus
     layers = len(model.all_layers)
+    cuts = cache(lambda virtual: splits(scenario, virtual))
     for pp, tp, cp in product(_divisors(gpus), repeat=3):
         allowed = _allowed(choices.pp, pp) and _allowed(choices.tp, tp) and _allowed(choices.cp, cp)
         if not allowed or gpus % (pp * tp * cp) or pp > layers or not _splits(scenario, tp, cp):
@@ -177,10 +179,10 @@ def _layouts(scenario: Scenario) -> Iterator[Layout]:
             continue
         for ep, etp in _expert_degrees(scenario, gpus // pp):
             for order in _orders(scenario, (dp, tp, cp, pp, ep, etp)):
-                yield from _pipelines(scenario, dp=dp, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp, rank_order=order)
+                yield from _pipelines(scenario, cuts, dp=dp, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp, rank_order=order)
 
 
-def _pipelines(scenario: Scenario, **grid: int | RankOrder) -> Iterator[Layout]:
+def _pipelines(scenario: Scenario, cuts: Cuts, **grid: int | RankOrder) -> Iterator[Layout]:
     """Every schedule and number of chunks, with every split of the layers."""
     pp, layers = int(grid["pp"]), len(scenario.model.all_layers)
     stage_size = int(grid["dp"]) * int(grid["tp"]) * int(grid["cp"])
@@ -192,7 +194,7 @@ def _pipelines(scenario: Scenario, **grid: int | RankOrder) -> Iterator[Layout]:
         copies = machine.COPIES if scenario.workload.is_training else 1
         edp = stage_size // (int(grid["ep"]) * int(grid["etp"]))
         replicas = (stage_size // int(grid["tp"]) * copies, edp * copies)
-        for stages in splits(scenario, virtual):
+        for stages in cuts(virtual):
             yield Layout(**grid, schedule=schedule, vpp=vpp, stages=stages, replicas=replicas, copies=copies)  # type: ignore[arg-type]
 
 
@@ -208,7 +210,7 @@ def _schedules(scenario: Scenario, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _expert_degrees(scenario: Scenario, stage_size: int) -> Iterator[tuple[int, int]]:
-    experts = list(dict.fromkeys(layer.experts for layer in scenario.model.all_layers if layer.experts))
+    experts = list({id(layer.experts): layer.experts for layer in scenario.model.all_layers if layer.experts}.values())
     choices = scenario.choices
     for ep, etp in product(_divisors(stage_size), repeat=2):
         if stage_size % (ep * etp) or not (_allowed(choices.ep, ep) and _allowed(choices.etp, etp)):
@@ -263,7 +265,7 @@ def _splits(scenario: Scenario, tp: int, cp: int) -> bool:
     if scenario.workload.query_length % cp:
         return False
     try:
-        for layer in dict.fromkeys(scenario.model.all_layers):
+        for layer in {id(layer): layer for layer in scenario.model.all_layers}.values():
             layer.dense_parameters_per_rank(tp)
     except PlanError:
         return False
@@ -283,11 +285,13 @@ def splits(scenario: Scenario, virtual: int) -> list[tuple[int, ...]]:
     return list(dict.fromkeys((balanced, even)))
 
 
-@lru_cache(maxsize=64)
 def layer_flops(model: Model, sequence: int, train_mtp: bool) -> tuple[int, ...]:
     """Forward FLOP of each layer for one sequence; the first has the embedding's, the last head and MTP modules."""
-    known = {layer: layer.forward_flops(tokens=sequence, sequence=sequence, context=sequence) for layer in set(model.all_layers)}
-    flops = [known[layer] for layer in model.all_layers]
+    known = {
+        id(layer): layer.forward_flops(tokens=sequence, sequence=sequence, context=sequence)
+        for layer in {id(layer): layer for layer in model.all_layers}.values()
+    }
+    flops = [known[id(layer)] for layer in model.all_layers]
     head = sum(o.flops for o in model.head_operators(tokens=sequence))
     flops[-1] += head
     if model.mtp is not None and train_mtp:
@@ -323,9 +327,3 @@ def _allowed(values: Sequence[int] | None, value: int) -> bool:
 @lru_cache
 def _divisors(number: int) -> tuple[int, ...]:
     return tuple(each for each in range(1, number + 1) if number % each == 0)
-
-
-def members(plan: Plan, stage: int, *axes: str) -> Ints:
-    """The GPUs of the group along `axes` that position 0 of a stage is in."""
-    rows = groups(plan, axes)
-    return ranks_of_stage(plan, stage)[rows[np.argmin(rows[:, 0])]]

@@ -364,10 +364,10 @@ def test_what_takes_longer_says_how_far_it_is(
 ) -> None:
     monkeypatch.setattr("moeplan._waiting._PATIENCE_S", 0.0)
     with waiting("planning") as tell:
-        tell("simulating", 1, 2000)
-        tell("simulating", 2, 2000)
+        tell("simulating", 1, 4)
+        tell("simulating", 2, 4)
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "planning: simulating (1 of 2,000)\n")
+    assert (out, err) == ("", "planning: simulating (25.0 %)\n")
 
 
 def test_on_a_terminal_there_is_a_bar_and_then_it_is_gone(
