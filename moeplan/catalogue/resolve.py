@@ -173,7 +173,7 @@ def _opened(source: str | Path | Mapping[str, Any]) -> Sheet:
 
 def _written_out(sheet: Sheet) -> Sheet:
     """The document in a sheet that is one, or that is a result with a scenario in it."""
-    if "schema" not in sheet.data and isinstance(sheet.data.get("scenario"), dict):
+    if sheet.data.get("schema") != SCHEMA and isinstance(sheet.data.get("scenario"), dict):
         sheet = Sheet(data=sheet.data["scenario"], spots=below(sheet.spots, ("scenario",)) or sheet.spots)
     if sheet.data.get("schema") != SCHEMA:
         found = shown(sheet.data["schema"]) if "schema" in sheet.data else "a mapping without schema"

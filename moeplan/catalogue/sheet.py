@@ -197,7 +197,8 @@ class _Reader:
         if start.version or start.tags:
             self._fail(start, "a % directive is not allowed; remove it (files are YAML 1.2)")
         data = self._value(next(self.events), ())
-        assert isinstance(next(self.events), DocumentEndEvent)
+        end = next(self.events)
+        assert isinstance(end, DocumentEndEvent)
         after = next(self.events)
         if not isinstance(after, StreamEndEvent):
             self._fail(after, "a second document starts here; put it into a file of its own")

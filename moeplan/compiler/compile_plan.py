@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from moeplan import menu
 from moeplan.compiler.lanes import Folding, fold
 from moeplan.compiler.layout import Layout, Listing
 from moeplan.compiler.legal import check_plan
@@ -78,10 +79,10 @@ class _Compilation:
     @cached_property
     def patterns(self) -> tuple[list[Pattern], Ints]:
         """Distinct patterns, and which of them each exchange follows."""
-        assert self.listings is not None
+        _ = self.listings  # writing the blocks is what names the exchanges
         numbers: dict[tuple[object, ...], int] = {}
         which = [numbers.setdefault(pattern_key(exchange), len(numbers)) for exchange in self.parts.exchanges]
-        first = np.unique(which, return_index=True)[1] if which else []
+        first: list[int] = np.unique(which, return_index=True)[1].tolist() if which else []
         return [expand(self.parts.exchanges[index], self.scenario.cluster) for index in first], np.array(which, np.int64)
 
     @cached_property
@@ -165,8 +166,6 @@ def orders(plan: Plan, scenario: Scenario) -> tuple[Order, ...]:
     microbatches = plan.num_microbatches(scenario.workload.global_batch)
     if not scenario.workload.is_training:
         return (tuple((Action("F", 0, microbatch),) for microbatch in range(microbatches)),) * plan.pp
-    from moeplan import menu
-
     found: tuple[Order, ...] = menu.load("schedules", plan.schedule, "actions")(
         plan.pp, microbatches, num_chunks=plan.vpp
     )

@@ -232,16 +232,17 @@ class Parts:
         assert self.load is not None
         if self.plan.etp == 1:
             return None
+        is_even = self.load.is_even
         rows = sum(self.load.rows(moe, place, part=part, parts=self.plan.overlap_degree))
         size = rows * experts.expert_input * self.element_bytes
 
         def members() -> Ints:
             positions = groups(self.plan, ("etp",))
-            if not self.load.is_even:
+            if not is_even:
                 positions = positions[coordinate(self.plan, "ep")[positions[:, 0]] == place]
             return ranks_of_stage(self.plan, stage)[positions]
 
-        where = -1 if self.load.is_even else place
+        where = -1 if is_even else place
         return self._exchange(
             ("expert_tensor", stage, where, rows, experts.expert_input, operation), kind="expert_tensor",
             operation=operation, algorithm="ring", members=members, size_bytes=size,

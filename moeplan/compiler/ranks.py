@@ -61,6 +61,6 @@ def _groups(names: tuple[str, ...], sizes: tuple[int, ...], axes: tuple[str, ...
 def coordinate(plan: Plan, axis: str) -> Ints:
     """The coordinate of each position along one axis, shape (stage_size,)."""
     names = _DENSE if axis in _DENSE else _EXPERT.get(plan.rank_order, _EXPERT_NEAR)
-    sizes = [getattr(plan, name) for name in names]
+    sizes: list[int] = [getattr(plan, name) for name in names]
     stride = int(np.prod(sizes[: names.index(axis)]))
     return np.arange(plan.stage_size, dtype=np.int64) // stride % sizes[names.index(axis)]

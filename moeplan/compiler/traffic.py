@@ -9,6 +9,7 @@ import numpy as np
 from moeplan import menu
 from moeplan.domain.cluster import Cluster
 from moeplan.domain.program import Exchange, Floats, Ints, Wave
+from moeplan.domain.wiring import IntArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,7 +23,7 @@ class Pattern:
     source_F: Ints
     target_F: Ints
     share_F: Floats
-    paths_FH: Ints
+    paths_FH: IntArray
     delay_s_F: Floats
     """The latency of the path and a message's overhead, as often as the wave has steps. A phase waits for its longest."""
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
+from typing import cast
 
 from moeplan.domain.cluster import Gpu
 from moeplan.domain.program import Kernel
 from moeplan.errors import CatalogueError
 
 _TILE = 128
-"""Rows and columns of the output that one SM computes at a time: the usual tile of CUTLASS and of cuBLAS for 16-bit products."""
+"""Rows and columns of the output that one SM computes at a time: the usual tile of cuBLAS for 16-bit products."""
 _SPLIT_DEPTH = 1024
 """A product with too few tiles is also cut along its depth, into parts of no less than this."""
 
@@ -28,10 +30,10 @@ def arithmetic_s(kernel: Kernel, gpu: Gpu) -> float:
 
 
 def _peak(gpu: Gpu, dtype: str) -> float:
-    if dtype not in gpu.peak_flops_per_s:
-        known = ", ".join(gpu.peak_flops_per_s)
-        raise CatalogueError(f"{gpu.name}: no peak for {dtype}; use one of {known}, or state peak_{dtype}")
-    return gpu.peak_flops_per_s[dtype]
+    peaks = cast(Mapping[str, float], gpu.peak_flops_per_s)
+    if dtype not in peaks:
+        raise CatalogueError(f"{gpu.name}: no peak for {dtype}; use one of {', '.join(peaks)}, or state peak_{dtype}")
+    return peaks[dtype]
 
 
 def _gemm_share(kernel: Kernel, gpu: Gpu) -> float:

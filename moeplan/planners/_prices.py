@@ -79,8 +79,9 @@ class Prices:
         for layer in model.all_layers:
             layers.append(number(layer, moe))
             moe += layer.is_moe
-        extra = model.mtp.layers * model.mtp.depth if model.mtp else ()
-        return tuple(kinds), tuple(layers), tuple(number(layer, max(0, moe - 1)) for layer in extra)
+        predicting = model.mtp.layers * model.mtp.depth if model.mtp else ()
+        extra = tuple(number(layer, max(0, moe - 1)) for layer in predicting)
+        return tuple(kinds), tuple(layers), extra
 
     def _plan(self, **degrees: object) -> Plan:
         choices = self.scenario.choices

@@ -109,7 +109,7 @@ class Search:
         else:
             self.front_s = np.inf
         if self.best is None:
-            raise InfeasibleError(nothing_fits(self))
+            raise InfeasibleError(no_time(self) if self._queue else nothing_fits(self))
         self.proven = self.front_s >= self.best.step_s * (1 - _ROUNDING)
 
     def unresolved(self) -> int:
@@ -222,6 +222,11 @@ def no_layout(space: Space) -> str:
         f"{scenario.name}: no layout of {scenario.cluster.num_gpus} GPUs divides heads, experts, layers and a global batch "
         f"of {scenario.workload.global_batch} under `choose`; widen choose or use a batch divisible by more numbers"
     )
+
+
+def no_time(search: Search) -> str:
+    """That the time was too short, which says nothing about the scenario."""
+    return f"{search.scenario.name}: no plan was simulated within {search.time_limit_s} s; use a longer time limit or narrow choose"
 
 
 def nothing_fits(search: Search) -> str:

@@ -1,7 +1,7 @@
 """Exchanges as fluid on shared links: rates are fair, and change only when a flow class starts or ends.
 
 An exchange that shares no link with another active one follows its remembered course in one event. When another
-comes to share its links it is taken to where its course stands, and from then on both are advanced from change to change.
+comes to share its links it is taken to where its course stands; from then on both are advanced from change to change.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil, ulp
+from typing import Any
 
 import numpy as np
 import simpy
@@ -40,7 +41,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Course:
-    """What an exchange does alone: for each stretch its start, its phase (classes are still, or at a rate), and who is done when."""
+    """What an exchange does alone: stretches (start, phase, what is left, at which rates), and who is done when."""
 
     stretches: tuple[tuple[float, int, dict[int, float], dict[int, float]], ...]
     lane_done_s: dict[int, float]
@@ -93,7 +94,7 @@ class Network:
             event = self.env.timeout(done_s, (transfer, transfer.version, lanes, done_s == course.end_s))
             event.callbacks.append(self._on_course)
 
-    def _on_course(self, event: simpy.Event) -> None:
+    def _on_course(self, event: Any) -> None:
         transfer, version, lanes, ends = event.value
         if transfer.version != version:
             return
@@ -108,7 +109,8 @@ class Network:
         return self._courses[meeting, parts]
 
     def _plot(self, meeting: int, parts: int) -> Course:
-        stretches, last_s = [], dict.fromkeys(self.program.meetings[meeting].lanes, 0.0)
+        stretches: list[tuple[float, int, dict[int, float], dict[int, float]]] = []
+        last_s = dict.fromkeys(self.program.meetings[meeting].lanes, 0.0)
         now_s = 0.0
         for number, phase in enumerate(self.program.meetings[meeting].phases):
             stretches.append((now_s, number, {}, {}))
@@ -160,7 +162,7 @@ class Network:
         event = self.env.timeout(delay_s, (transfer, transfer.version))
         event.callbacks.append(self._begin_phase)
 
-    def _begin_phase(self, event: simpy.Event) -> None:
+    def _begin_phase(self, event: Any) -> None:
         transfer, version = event.value
         if transfer.version != version:
             return
@@ -171,7 +173,7 @@ class Network:
         else:
             self._next_phase(transfer)
 
-    def _on_change(self, event: simpy.Event) -> None:
+    def _on_change(self, event: Any) -> None:
         """A flow class of a transfer has ended."""
         transfer, version = event.value
         if transfer.version != version:
@@ -224,7 +226,9 @@ class Network:
         classes = self.program.meetings[meeting].phases[phase].classes
         return {c: self._share[c] * size for c in classes if self._share[c] * size > 0}
 
-    def _drain(self, meeting: int, left: dict[int, float], rate: dict[int, float], step_s: float, parts: int) -> list[int]:
+    def _drain(
+        self, meeting: int, left: dict[int, float], rate: dict[int, float], step_s: float, parts: int
+    ) -> list[int]:
         size, ended = self._sizes[meeting] / parts, []
         instant_s = 4 * ulp(self.env.now)
         for c in list(left):

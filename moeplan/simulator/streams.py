@@ -1,4 +1,4 @@
-"""Tasks start when what they wait for has ended: the task before on their stream, their dependencies, and their partners.
+"""Tasks start when what they wait for has ended: the task before on their stream, dependencies, and partners.
 
 Written on SimPy's events: a task is a timeout, an exchange a transfer of the network.
 """
@@ -6,14 +6,18 @@ Written on SimPy's events: a task is a timeout, an exchange a transfer of the ne
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import simpy
+from simpy.events import EventPriority
 
 from moeplan.domain.program import Floats, Ints, Program, Stream
 from moeplan.errors import SimulationError
 from moeplan.simulator.network import Network
 
+_LAST = EventPriority(2)
+"""Behind SimPy's URGENT (0) and NORMAL (1)."""
 _YIELDING = ("gradients", "parameters")
 """Kinds of exchange that are cut into micro-ops and give way under `a2a_first`."""
 
@@ -43,7 +47,8 @@ class Streams:
             self._start(task)
         self.env.run()
         if -1.0 in self.end_s:
-            raise SimulationError(f"deadlock: {self._show(self.end_s.index(-1.0))} never runs; this is a defect of moeplan")
+            stuck = self._show(self.end_s.index(-1.0))
+            raise SimulationError(f"deadlock: {stuck} never runs; this is a defect of moeplan")
 
     def _show(self, task: int) -> str:
         tasks = self.program.tasks
@@ -57,7 +62,7 @@ class Streams:
         else:
             self._arrive(task)
 
-    def _computed(self, event: simpy.Event) -> None:
+    def _computed(self, event: Any) -> None:
         self._end(event.value)
 
     def _end(self, task: int) -> None:
@@ -111,13 +116,13 @@ class _Fair:
         """A lane is done with an exchange."""
 
 
-class _EndOfInstant(simpy.Event):  # type: ignore[misc]
+class _EndOfInstant(simpy.Event):
     """Happens now, behind all else that happens now: what is decided then does not hang on the order of events."""
 
     def __init__(self, env: simpy.Environment) -> None:
         super().__init__(env)
         self._ok, self._value = True, None
-        env.schedule(self, priority=2)
+        env.schedule(self, priority=_LAST)
 
 
 class _Deciding(_Fair):
@@ -143,7 +148,7 @@ class _Deciding(_Fair):
 
 
 class _OneAtATime(_Deciding):
-    """A lane has one exchange on the wire at a time, in the order in which they were ready, streams in turn if at once."""
+    """A lane has one exchange on the wire at a time, in the order in which they were ready; at once: by stream."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__(streams)
@@ -179,7 +184,7 @@ class _OneAtATime(_Deciding):
 
 
 class _ExpertFirst(_Deciding):
-    """Gradients and parameters go in micro-ops, none of which starts while a dispatch or combine of its lanes is on or due.
+    """Gradients and parameters go in micro-ops; none starts while a dispatch or combine of its lanes is on or due.
 
     Reference: Li et al., "Lina" (USENIX ATC 2023), section 4.1.
     """
@@ -228,7 +233,7 @@ class _ExpertFirst(_Deciding):
                 self.network.start(meeting, self._moved, part=part, parts=self.network.parts_of(meeting))
 
     def _moved(self, meeting: int, lane: int) -> None:
-        """The exchange has ended for a lane when the last micro-op has; the next one starts when this one left all lanes."""
+        """Ends the exchange for a lane with the last micro-op; the next one starts when this one left all lanes."""
         self.on[meeting] -= 1
         if self.part[meeting] == self.network.parts_of(meeting) - 1:
             self.streams.lane_done(meeting, lane)

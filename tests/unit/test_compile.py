@@ -71,14 +71,21 @@ def done_flops(program: Program, *passes: Pass) -> dict[str, float]:
 # ---- bytes
 
 
-@pytest.mark.parametrize("ep", [2, 4, 8])
+@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("overlap_degree", [1, 2])
-def test_dispatch_and_combine_carry_each_token_to_its_experts_and_back(ep: int, overlap_degree: int) -> None:
+def test_dispatch_and_combine_carry_each_token_to_its_experts_and_back(ep: int, etp: int, overlap_degree: int) -> None:
     given = tiny()
-    found = sent_bytes(compiled(given, **TINY, ep=ep, overlap_degree=overlap_degree), given)
+    found = sent_bytes(compiled(given, **TINY, ep=ep, etp=etp, overlap_degree=overlap_degree), given)
     once = given.workload.step_tokens * 2 * 256 * BF16 * (1 - 1 / ep) * 4
     assert found["dispatch"] == pytest.approx(2 * once)
     assert found["combine"] == pytest.approx(2 * once)
+
+
+def test_the_ranks_of_one_expert_gather_its_tokens_and_scatter_their_sums() -> None:
+    """Twice in each pass, and each of the two ranks sends half of the tokens of its place."""
+    given = tiny()
+    found = sent_bytes(compiled(given, **TINY, ep=4, etp=2), given)
+    assert found["expert_tensor"] == pytest.approx(2 * 2 * 4 * given.workload.step_tokens * 2 * 256 * BF16)
 
 
 def test_full_recomputation_dispatches_once_more() -> None:
