@@ -28,7 +28,7 @@ class Listing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Columns:
+class Columns:
     """A slot's steps as arrays; `place[i]` is where step s of its i-th block went."""
 
     stream: Ints
@@ -57,12 +57,12 @@ class Layout:
     pipeline: Pipeline
     lane_R: Ints
     size: int = 0
-    columns: list[tuple[_Columns, int, tuple[Action, ...]]] = field(default_factory=list)
+    columns: list[tuple[Columns, int, tuple[Action, ...]]] = field(default_factory=list)
     before: list[Ints] = field(default_factory=list)
     after: list[Ints] = field(default_factory=list)
     instances: dict[_Key, _Instance] = field(default_factory=dict)
     lanes: list[Lane] = field(default_factory=list)
-    cache: dict[tuple[int, ...], _Columns] = field(default_factory=dict)
+    cache: dict[tuple[int, ...], Columns] = field(default_factory=dict)
 
     def add(self, number: int, lane: Lane, listing: Listing) -> None:
         """Appends the tasks of a lane, and ties what opens and closes its step to its passes."""
@@ -83,7 +83,7 @@ class Layout:
     def _append(self, lane: int, blocks: tuple[Block, ...], actions: tuple[Action, ...]) -> tuple[Ints, ...]:
         key = tuple(id(block) for block in blocks)
         if key not in self.cache:
-            self.cache[key] = _merged(blocks)
+            self.cache[key] = merged(blocks)
         columns = self.cache[key]
         self.columns.append((columns, lane, actions))
         self.before.append(columns.before + self.size)
@@ -199,11 +199,11 @@ class Layout:
     _neighbours: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-def _of_member(columns: _Columns, values: list[int]) -> Ints:
+def _of_member(columns: Columns, values: list[int]) -> Ints:
     return np.array(values, np.int64)[columns.member] if values else np.full(len(columns.stream), -1, np.int64)
 
 
-def _merged(blocks: tuple[Block, ...]) -> _Columns:
+def merged(blocks: tuple[Block, ...]) -> Columns:
     """One block, or two in turn: steps in the order of the share of their block that stands before them.
 
     So the exchanges of one run while the other computes. Both blocks keep their own order.
@@ -220,7 +220,7 @@ def _merged(blocks: tuple[Block, ...]) -> _Columns:
     def column(name: str) -> Ints:
         return np.concatenate([np.array(getattr(block, name), np.int64) for block in blocks])[order]
 
-    return _Columns(
+    return Columns(
         stream=column("stream"),
         unit=column("unit"),
         layer=column("layer"),

@@ -82,6 +82,10 @@ class Parts:
             self._works[full] = len(self.works) - 1
         return self._works[full]
 
+    def work_key(self, unit: int) -> tuple[object, ...]:
+        """What a work was asked for as: its name first, its pass last."""
+        return next(key for key, number in self._works.items() if number == unit)
+
     def mixer(self, layer: Layer, passes: Pass, *, routed: bool) -> int:
         """Attention (and cross-attention); with the router behind it where nothing has to be exchanged between them."""
 

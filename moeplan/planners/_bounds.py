@@ -25,6 +25,7 @@ from moeplan.domain.program import Floats, Ints
 from moeplan.domain.scenario import Scenario
 from moeplan.planners._chains import Chain, Exchanges, backward, forward, weights
 from moeplan.planners._groups import Grid, cheapest, grid_of, send_wire, uneven_wires
+from moeplan.planners._pairs import Pairs
 from moeplan.planners._prices import ENDS, WORKS, Kind, Prices, hottest
 from moeplan.planners._space import Branch, Layout
 from moeplan.schedules import Order
@@ -52,13 +53,11 @@ class Passes:
         """A whole backward pass, split or not."""
         return np.minimum(self.backward, self.input_gradient + self.weight_gradient)
 
-    @property
-    def pair(self) -> Floats:
-        """[V, V, U]: F of one virtual stage and B of another in one slot."""
-        alone = np.maximum(self.forward[:, None], self.backward[None])
-        busy = self.busy_forward[:, None] + self.busy_backward[None]
-        sent = self.sent_forward[:, None] + self.sent_backward[None]
-        return np.maximum(np.maximum(alone, busy), sent)
+    def pair_s(self, forward: int, backward: int) -> Floats:
+        """[U]: at least a slot of F of one virtual stage and B of another: each chain, all computation, all exchanges."""
+        alone = np.maximum(self.forward[forward], self.backward[backward])
+        busy = self.busy_forward[forward] + self.busy_backward[backward]
+        return np.asarray(np.maximum(np.maximum(alone, busy), self.sent_forward[forward] + self.sent_backward[backward]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +65,7 @@ class Shape:
     """Where the layers are: how many of each kind in each virtual stage, its first and last kind, and who does what."""
 
     counts_VK: Floats
+    kinds_V: tuple[tuple[int, ...], ...]
     first_V: Ints
     last_V: Ints
     extra: tuple[int, ...]
@@ -80,6 +80,19 @@ class Chains:
     by_pass: dict[str, Chain]
     weights: Floats
     ends: Floats
+    costs: list[list[dict[str, Floats]]]
+    """[kind][pass][work]: what the chains were made of."""
+    exchanges: list[Exchanges]
+
+    def seconds(self, kind: int, name: str, passes: int) -> Floats | None:
+        """[U] of a work or an exchange of a kind of layer, or of an end of the model (kind -1); None: taken for nothing."""
+        if name in ("embedding", "head", "mtp"):
+            return self.ends[("embedding", "head", "mtp").index(name), passes]
+        exchange = {"dispatch": "dispatch_hottest"}.get(name, name)
+        if exchange in Exchanges.__dataclass_fields__:
+            found: Floats = getattr(self.exchanges[kind], exchange)
+            return found
+        return self.costs[kind][passes].get(name)
 
 
 @dataclass
@@ -119,7 +132,7 @@ class Bounds:
         for rank, held in enumerate(shape.virtual):
             start, end = outline.first[rank], outline.last[rank]
             fill.append(onward[held[start[1]]])
-            work.append(self._work_s(passes, held, layout, microbatches, outline.pairs[rank]))
+            work.append(self._work_s(passes, rank, branch, microbatches, outline.pairs[rank]))
             drain.append(self._drain_s(end, held, onward, backward))
         return np.array(fill), np.array(work), np.array(drain)
 
@@ -130,18 +143,25 @@ class Bounds:
         return backward[held[end[1]]] if end[0] in "BI" else np.zeros_like(backward[0])
 
     def _work_s(
-        self, passes: Passes, held: Sequence[int], layout: Layout, microbatches: Floats, pairs: tuple[float, float]
+        self, passes: Passes, rank: int, branch: Branch, microbatches: Floats, pairs: tuple[float, float]
     ) -> Floats:
-        stages = list(held)
+        stages = list(self.shape(branch.layout).virtual[rank])
         if not self.training:
             return microbatches * passes.forward[stages].sum(axis=0)
         once = passes.forward[stages] + passes.any_backward[stages]
-        if layout.copies == 1:
+        if branch.layout.copies == 1:
             return np.asarray(microbatches * once.sum(axis=0))
         paired = np.maximum(pairs[0] + pairs[1] * microbatches, 0.0)
-        pair = passes.pair[np.ix_(stages, stages)]
-        cheapest_pair = np.minimum(pair[0, 1], pair[1, 0])
-        return np.asarray(paired * cheapest_pair + (microbatches - paired) * once.min(axis=0))
+        pair = np.minimum(passes.pair_s(*stages), passes.pair_s(*stages[::-1]))
+        if rank == branch.layout.pp // 2 and self.prices.is_even:
+            exact = [self.pairs.paths_s(branch, rank, *chunks)[0].max(axis=0) for chunks in ((0, 1), (1, 0))]
+            pair = np.maximum(pair, np.minimum(*exact))
+        return np.asarray(paired * pair + (microbatches - paired) * once.min(axis=0))
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Slots of two passes."""
+        return Pairs(self)
 
     def microbatches(self, branch: Branch) -> Floats:
         """[U]: micro-batches of each row."""
@@ -206,7 +226,7 @@ class Bounds:
             )
             trained = self.training and self.scenario.workload.train_mtp
             self._shapes[key] = Shape(
-                counts_VK=counts, first_V=np.array([of_layer[b] for b in bounds[:-1]]),
+                counts_VK=counts, kinds_V=tuple(of_layer[a:b] for a, b in zip(bounds, bounds[1:], strict=False)), first_V=np.array([of_layer[b] for b in bounds[:-1]]),
                 last_V=np.array([of_layer[b - 1] for b in bounds[1:]]), extra=extra if trained else (), virtual=virtual,
             )  # fmt: skip
         return self._shapes[key]
@@ -231,16 +251,21 @@ class Bounds:
         layers = [[self.prices.layers(grid.tp, grid.cp, m, r) for r in branch.recompute] for m in branch.micro_batch]
         table_MRKWP = np.array([[table for table, _ in row] for row in layers])
         ends_MREP = np.array([[ends for _, ends in row] for row in layers])
-        exchanges, experts_MROKP = self._exchanges(branch, grid)
+        exchanges, experts = self._exchanges(branch, grid)
         full = _spread(np.array([each == "full" for each in branch.recompute])[None, :, None, None], sizes)
         built: dict[str, list[Chain]] = {"forward": [], "backward": [], "input_gradient": []}
         gradient: list[Floats] = []
+        costs: list[list[dict[str, Floats]]] = []
         for k, kind in enumerate(self.prices.kinds[0]):
             cost = [
                 {w: _spread(table_MRKWP[:, :, None, None, k, at, p], sizes) for at, w in enumerate(WORKS)}
-                | {"experts": _spread(experts_MROKP[:, :, None, :, k, p], sizes)}
+                | {
+                    name: _spread(experts[:, :, None, :, k, at, p], sizes)
+                    for at, name in enumerate(("experts", "steady_experts"))
+                }
                 for p in range(4)
             ]
+            costs.append(cost)
             onward = _by_parts(forward, cost[_F], exchanges[k], branch, kind.layer)
             built["forward"].append(onward)
             for name, p in (("backward", _B), ("input_gradient", _I)):
@@ -250,17 +275,18 @@ class Bounds:
             gradient.append(weights(cost[_W], parts=parts))
         ends = np.array([[_spread(ends_MREP[:, :, None, None, e, p], sizes) for p in range(4)] for e in range(len(ENDS))])
         return Chains(
-            by_pass={name: _stacked(chains) for name, chains in built.items()}, weights=np.array(gradient), ends=ends
-        )
+            by_pass={name: _stacked(chains) for name, chains in built.items()}, weights=np.array(gradient), ends=ends,
+            costs=costs, exchanges=exchanges,
+        )  # fmt: skip
 
     def _exchanges(self, branch: Branch, grid: Grid) -> tuple[list[Exchanges], Floats]:
-        """For each kind the exchanges of every row, and [M, R, O, K, P] seconds of the experts."""
+        """For each kind the exchanges of every row, and [M, R, O, K, 2, P] seconds of the experts."""
         model, workload, prices = self.scenario.model, self.scenario.workload, self.prices
         kinds, act = prices.kinds[0], prices.element_bytes("activations")
         tensor, context = cheapest(prices, grid, "tp"), cheapest(prices, grid, "cp")
         sizes = tuple(len(values) for values in branch.lists[:4])
         columns = {name: np.zeros((len(kinds), *sizes)) for name in ("t", "c", "x", "d", "h", "b")}
-        experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 4))
+        experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 2, 4))
         for m, micro_batch in enumerate(branch.micro_batch):
             plan, load = prices.load(grid.ep, grid.etp, grid.tp, grid.cp, micro_batch)
             batch = micro_batch * workload.query_length

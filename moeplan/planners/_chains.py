@@ -60,7 +60,7 @@ def forward(cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_exper
     span = span + cost["router"]
     routed, sent = _routed(cost, x, parts)
     span = span + routed + cost["merge"]
-    busy = busy + cost["router"] + cost["shared"] + parts * cost["experts"] + cost["merge"]
+    busy = busy + cost["router"] + cost["shared"] + parts * cost["steady_experts"] + cost["merge"]
     return Chain(span=span, lead=lead, trail=zero, busy=busy, sent=sent)
 
 
@@ -71,7 +71,7 @@ def backward(cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_expe
     if has_experts:
         routed, sent = _routed(cost, x, parts)
         span = cost["merge"] + routed + cost["router"]
-        busy = cost["merge"] + cost["router"] + cost["shared"] + parts * cost["experts"]
+        busy = cost["merge"] + cost["router"] + cost["shared"] + parts * cost["steady_experts"]
     elif has_dense:
         span, busy, lead = x.tensor + cost["dense"] + x.tensor, cost["dense"], x.tensor
     else:
@@ -85,7 +85,7 @@ def backward(cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_expe
 
 def weights(cost: dict[str, Floats], *, parts: Floats) -> Floats:
     """Seconds of the weight gradients of a layer."""
-    return sum((cost[name] for name in ("mixer", "router", "dense", "shared", "merge")), parts * cost["experts"])
+    return sum((cost[name] for name in ("mixer", "router", "dense", "shared", "merge")), parts * cost["steady_experts"])
 
 
 def _routed(cost: dict[str, Floats], x: Exchanges, parts: int) -> tuple[Floats, Floats]:

@@ -146,9 +146,10 @@ class Prices:
         return self.cache[key]  # type: ignore[return-value]
 
     def experts(self, plan: Plan, load: Load | None, *, recompute: str, parts: int) -> Floats:
-        """Seconds [kind, pass] of the experts on the smallest of `parts` parts: at the place that gets most of the layer.
+        """Seconds [kind, which, pass] of the experts on the smallest of `parts` parts, at two places.
 
-        Weight gradients alone are waited for by nobody: theirs are at one place for all layers, the one that gets most in all.
+        0: the place that gets most of the layer; everyone waits for it. 1: one place for all layers, the one that gets most
+        in all; what it computes, one GPU computes.
         """
         tokens = Tokens.of(plan, self.scenario.workload).rank
         key = ("experts", plan.ep, plan.etp, tokens, parts, recompute == "selective")
@@ -159,15 +160,16 @@ class Prices:
 
     def _experts(self, plan: Plan, load: Load | None) -> Floats:
         parts = self._parts(plan, load)
-        table_KP = np.zeros((len(self.kinds[0]), len(PASSES)))
+        table = np.zeros((len(self.kinds[0]), 2, len(PASSES)))
+        steady = 0 if load is None else hottest_of_all(load)
         for k, kind in enumerate(self.kinds[0]):
             if kind.layer.experts is None or load is None:
                 continue
-            for p, which in enumerate(PASSES):
-                place = hottest_of_all(load) if which == Pass.WEIGHT_GRADIENT else hottest(load, kind.moe)
-                unit = parts.experts(kind.layer.experts, which, moe=kind.moe, place=place, part=0)
-                table_KP[k, p] = self._seconds(parts, unit)
-        return table_KP
+            for at, place in enumerate((hottest(load, kind.moe), steady)):
+                for p, which in enumerate(PASSES):
+                    unit = parts.experts(kind.layer.experts, which, moe=kind.moe, place=place, part=0)
+                    table[k, at, p] = self._seconds(parts, unit)
+        return table
 
     def optimizer_s(self, parameters: Floats) -> Floats:
         """Seconds of the update, which is bound by memory: a part that grows with the weights, never less than a launch."""

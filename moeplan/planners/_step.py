@@ -20,7 +20,7 @@ from moeplan.planners._bounds import Bounds, Passes, branch_of, outline_of
 from moeplan.planners._groups import cheapest, grid_of
 from moeplan.planners._prices import Wire
 from moeplan.planners._space import Branch
-from moeplan.schedules import Slot, finish_times
+from moeplan.schedules import Paths, Slot, finish_times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,12 +155,13 @@ class StepBounds:
         branch = branch_of(plan, copies, (plan.dp * plan.cp * copies, plan.edp * copies))
         passes = self.bounds.passes(branch)
         shape = self.bounds.shape(branch.layout)
-        pair = passes.pair[:, :, 0] if copies > 1 else None
+        known: dict[tuple[int, int], Paths] = {}
 
-        def pair_s(stage: int, slot: Slot) -> float:
-            assert pair is not None
-            held = {action.kind == "F": shape.virtual[stage][action.chunk] for action in slot}
-            return float(pair[held[True], held[False]])
+        def pair_s(stage: int, slot: Slot) -> Paths:
+            key = (stage, next(action.chunk for action in slot if action.kind == "F"))
+            if key not in known:
+                known[key] = self._pair_s(branch, passes, *key)
+            return known[key] if slot[0].kind == "F" else tuple(row[::-1] for row in known[key][::-1])
 
         durations = [
             [
@@ -181,3 +182,13 @@ class StepBounds:
             return float(ends.max())
         _, closing, _ = self._once(branch, passes)
         return float(max((ends + closing[:, 0, 0, 0]).max(), self.branch_s(branch)[0, 0, 0]))
+
+    def _pair_s(self, branch: Branch, passes: Passes, rank: int, forward: int) -> Paths:
+        """From the beginning of F (chunk `forward`) and of B to the end of each, in one slot."""
+        held = self.bounds.shape(branch.layout).virtual[rank]
+        f, b = held[forward], held[1 - forward]
+        own = (float(passes.forward[f, 0]), float(passes.backward[b, 0]))
+        if not self.bounds.prices.is_even:
+            return ((own[0], 0.0), (0.0, own[1]))
+        exact = self.bounds.pairs.paths_s(branch, rank, forward, 1 - forward)[:, :, 0]
+        return ((max(own[0], exact[0, 0]), exact[0, 1]), (exact[1, 0], max(own[1], exact[1, 1])))

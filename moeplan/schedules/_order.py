@@ -101,20 +101,24 @@ class Times(NamedTuple):
         return max((stage[-1] for stage in self.finish_s if stage), default=0.0)
 
 
+Paths = Sequence[Sequence[float]]
+"""Seconds from the beginning of one action of a slot to the end of another (or its own)."""
+
+
 def finish_times(
     orders: Sequence[Sequence[Slot]],
     *,
     virtual_stages: Sequence[Sequence[int]],
     durations_s: Sequence[Sequence[Mapping[str, float]]],
     hop_s: float = 0.0,
-    pair_s: Callable[[int, Slot], float] | None = None,
+    pair_s: Callable[[int, Slot], Paths] | None = None,
 ) -> Times:
     """When every slot starts and finishes if each stage works in order and starts as soon as it may.
 
     F waits for F of the virtual stage before; B and I for B or I of the one after and for their own F; W for its own I;
     a dependency on another stage arrives `hop_s` after it finished. `virtual_stages[stage][chunk]` is the position in
-    model order, `durations_s[stage][chunk][kind]` the seconds of an action, `pair_s(stage, slot)` those of a slot of two
-    (None: nothing is hidden, the sum).
+    model order, `durations_s[stage][chunk][kind]` the seconds of an action, `pair_s(stage, slot)[i][j]` the least from the beginning
+    of action i to the end of action j in a slot of two (None: nothing is hidden, both end after the sum).
 
     Sends cost no time of the stage and wires are never shared, so with costs that are lower bounds this is a lower
     bound. Raises SimulationError that names the stuck actions if the orders wait for one another.
@@ -148,7 +152,7 @@ class _Run:
         orders: Sequence[Sequence[Slot]],
         virtual_stages: Sequence[Sequence[int]],
         hop_s: float,
-        pair_s: Callable[[int, Slot], float] | None,
+        pair_s: Callable[[int, Slot], Paths] | None,
     ) -> None:
         microbatches = {action.microbatch for order in orders for slot in order for action in slot}
         self.orders, self.virtual_stages = orders, virtual_stages
@@ -189,8 +193,9 @@ class _Run:
         woken: list[int] = []
         for place in range(len(start_s), len(order)):
             slot = order[place]
+            begins_s = []
             for kind, chunk, microbatch in slot:
-                row = table[chunk][kind]
+                row, begin_s = table[chunk][kind], clock_s
                 for need in (row[0] + microbatch, row[1] + microbatch):
                     there_s = done_s[need]
                     if there_s is None:
@@ -198,23 +203,34 @@ class _Run:
                         return woken
                     if done_by[need] != stage and done_by[need] != _NOBODY:
                         there_s += hop_s
-                    if there_s > clock_s:
-                        clock_s = there_s
-            start_s.append(clock_s)
+                    if there_s > begin_s:
+                        begin_s = there_s
+                begins_s.append(begin_s)
             if len(slot) == 1:
-                clock_s += row[3]
-            elif self.pair_s is None:
-                clock_s += sum(table[chunk][kind][3] for kind, chunk, _ in slot)
+                clock_s = begins_s[0] + table[slot[0].chunk][slot[0].kind][3]
+                ends_s = [clock_s]
             else:
-                clock_s += self.pair_s(stage, slot)
+                clock_s, ends_s = self._pair(stage, slot, begins_s, table)
+            start_s.append(min(begins_s))
             finish_s.append(clock_s)
-            for kind, chunk, microbatch in slot:
+            for (kind, chunk, microbatch), end_s in zip(slot, ends_s, strict=True):
                 own = table[chunk][kind][2]
                 if own != _NOBODY:
-                    done_s[own + microbatch], done_by[own + microbatch] = clock_s, stage
+                    done_s[own + microbatch], done_by[own + microbatch] = end_s, stage
                     if own + microbatch in self.waiting:
                         woken += self.waiting.pop(own + microbatch)
         return woken
+
+    def _pair(
+        self, stage: int, slot: Slot, begins_s: list[float], table: list[dict[str, _Row]]
+    ) -> tuple[float, list[float]]:
+        """When a slot of two ends, and its actions: both at the end, or each by the paths through the slot."""
+        if self.pair_s is None:
+            end_s = max(begins_s) + sum(table[chunk][kind][3] for kind, chunk, _ in slot)
+            return end_s, [end_s] * len(slot)
+        paths_s = self.pair_s(stage, slot)
+        ends_s = [max(begin_s + paths_s[i][j] for i, begin_s in enumerate(begins_s)) for j in range(len(slot))]
+        return max(ends_s), ends_s
 
 
 def _show(slot: Slot) -> str:

@@ -1,6 +1,6 @@
 """Pipeline bubbles and memory against the formulas of the papers, written out here a second time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ def run(
     costs: Costs,
     *,
     hop_s: float = 0.0,
-    pair_s: Callable[[int, Slot], float] | None = None,
+    pair_s: Callable[[int, Slot], Sequence[Sequence[float]]] | None = None,
 ) -> Times:
     where = menu.load("schedules", name, "virtual_stage")
     forward_s, input_s, weight_s = costs
@@ -141,8 +141,8 @@ def test_where_passes_take_as_long_the_published_order_of_schedules_holds() -> N
 
 
 def test_what_overlap_hides_comes_off_the_step() -> None:
-    def hides(stage: int, slot: Slot) -> float:
-        return max(1, 2)
+    def hides(stage: int, slot: Slot) -> list[list[float]]:
+        return [[2.0, 2.0], [2.0, 2.0]]
 
     for p, m in [(2, 8), (4, 8), (8, 32)]:
         hidden_s = run("dual_pipe", p, m, 2, (1, 1, 1), pair_s=hides).step_s
