@@ -120,8 +120,11 @@ class Bounds:
         fill, work, drain = self.ranks_s(branch, passes)
         return (fill + work + drain).max(axis=0)
 
-    def ranks_s(self, branch: Branch, passes: Passes) -> tuple[Floats, Floats, Floats]:
-        """[P, U]: when each pipeline rank can start, how long it works, and what must follow its last pass."""
+    def ranks_s(self, branch: Branch, passes: Passes, *, closely: bool = False) -> tuple[Floats, Floats, Floats]:
+        """[P, U]: when each pipeline rank can start, how long it works, and what must follow its last pass.
+
+        `closely`: slots of two are looked at step by step on one rank, which takes longer.
+        """
         layout, shape = branch.layout, self.shape(branch.layout)
         microbatches = self.microbatches(branch)
         outline = outline_of(layout, self.training)
@@ -132,7 +135,8 @@ class Bounds:
         for rank, held in enumerate(shape.virtual):
             start, end = outline.first[rank], outline.last[rank]
             fill.append(onward[held[start[1]]])
-            work.append(self._work_s(passes, rank, branch, microbatches, outline.pairs[rank]))
+            look = closely and rank == layout.pp // 2 and self.prices.is_even
+            work.append(self._work_s(passes, rank, branch, microbatches, outline.pairs[rank], closely=look))
             drain.append(self._drain_s(end, held, onward, backward))
         return np.array(fill), np.array(work), np.array(drain)
 
@@ -143,7 +147,7 @@ class Bounds:
         return backward[held[end[1]]] if end[0] in "BI" else np.zeros_like(backward[0])
 
     def _work_s(
-        self, passes: Passes, rank: int, branch: Branch, microbatches: Floats, pairs: tuple[float, float]
+        self, passes: Passes, rank: int, branch: Branch, microbatches: Floats, pairs: tuple[float, float], *, closely: bool
     ) -> Floats:
         stages = list(self.shape(branch.layout).virtual[rank])
         if not self.training:
@@ -153,7 +157,7 @@ class Bounds:
             return np.asarray(microbatches * once.sum(axis=0))
         paired = np.maximum(pairs[0] + pairs[1] * microbatches, 0.0)
         pair = np.minimum(passes.pair_s(*stages), passes.pair_s(*stages[::-1]))
-        if rank == branch.layout.pp // 2 and self.prices.is_even:
+        if closely:
             exact = [self.pairs.paths_s(branch, rank, *chunks)[0].max(axis=0) for chunks in ((0, 1), (1, 0))]
             pair = np.maximum(pair, np.minimum(*exact))
         return np.asarray(paired * pair + (microbatches - paired) * once.min(axis=0))

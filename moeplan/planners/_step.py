@@ -43,7 +43,7 @@ class StepBounds:
     def branch_s(self, branch: Branch) -> Floats:
         """[U, D, E]: at least the seconds of a step of every plan of a branch; arbitration cannot lower it."""
         passes = self.bounds.passes(branch)
-        fill, work, drain = self.bounds.ranks_s(branch, passes)
+        fill, work, drain = self.bounds.ranks_s(branch, passes, closely=True)
         ends_PU = fill + work
         best = (ends_PU + drain).max(axis=0)[:, None, None]
         if not self.bounds.training:
