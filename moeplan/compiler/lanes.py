@@ -49,7 +49,8 @@ def fold(patterns: Sequence[Pattern], *, part_R: Ints, cluster: Cluster) -> Fold
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Table:
-    """All patterns' transfers F one after another, in B flows (bundles of one pace); links that nothing crosses are left out."""
+    """All patterns' transfers F one after another, in B flows (bundles of one pace); links that nothing crosses, or that never hold a
+    flow up, are left out."""
 
     part_R: Ints
     source_F: Ints
@@ -76,7 +77,7 @@ class _Table:
         delay_B = np.zeros(len(first_B))
         np.maximum.at(delay_B, flow_F, _joined_floats([p.delay_s_F for p in patterns]))
         phase_B = _joined([p.phase_F for p in patterns])[first_B]
-        hop_F, link_I = _hops(patterns)
+        hop_F, link_I = _hops(patterns, cluster)
         links, link_I = np.unique(link_I, return_inverse=True)
         return _Table(
             part_R=part_R,
@@ -102,11 +103,12 @@ def _joined_floats(columns: Sequence[Floats]) -> Floats:
     return np.concatenate([np.zeros(0), *columns])
 
 
-def _hops(patterns: Sequence[Pattern]) -> tuple[Ints, Ints]:
-    """(transfer, link) for every hop of every transfer."""
+def _hops(patterns: Sequence[Pattern], cluster: Cluster) -> tuple[Ints, Ints]:
+    """(transfer, link) for every hop of every transfer over a link that could hold it up."""
+    binds_K = cluster.can_bind_K
     transfers, links, base = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for p in patterns:
-        row, hop = np.nonzero(p.paths_FH >= 0)
+        row, hop = np.nonzero((p.paths_FH >= 0) & binds_K[p.paths_FH])
         transfers.append(row + base)
         links.append(p.paths_FH[row, hop].astype(np.int64))
         base += len(p.paths_FH)

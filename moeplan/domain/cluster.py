@@ -168,6 +168,15 @@ class Cluster:
         """The name of a rank's GPU in `graph` and `link_name`: `n3.gpu2`."""
         return f"n{rank // self.gpus_per_node}.gpu{rank % self.gpus_per_node}"
 
+    @property
+    def can_bind_K(self) -> NDArray[np.bool_]:
+        """Which links can hold a flow up: not a leaf's pipe that is as wide as all its NICs together, which hold it up before."""
+        binds = np.ones(self.num_links, dtype=bool)
+        if isinstance(self.fabric, Leaves) and self.spec.fabric is not None:
+            if (self.spec.fabric.oversubscription or 1.0) <= 1:
+                binds[self.num_links - 2 * self.fabric.num_pipes :] = False
+        return binds
+
     def graph(self) -> nx.DiGraph[str]:
         """A directed graph with the attributes `link`, `kind`, `bandwidth_bytes_per_s` and `latency_s` on each edge."""
         import networkx as nx
