@@ -65,12 +65,13 @@ def plan(
     *,
     planner: str = "exhaustive",
     time_limit_s: float | None = None,
-    gap: float = 0.0,
+    gap: float | None = None,
     progress: Progress | None = None,
 ) -> PlanResult:
     """The best plan that the planner finds, with its certificate: no plan is faster than `lower_bound_s`.
 
-    The planner stops when the plan is proven within `gap` of the best (0.01: one per cent), or when the time is over.
+    The planner stops when the plan is proven within `gap` of the best (0.01: one per cent; 0: proven best), or when the time is
+    over; with neither, when it is proven best or a fixed amount of work is done.
     Raises CatalogueError, and InfeasibleError if no plan fits.
     """
     check_search(planner=planner, time_limit_s=time_limit_s, gap=gap)
@@ -79,9 +80,9 @@ def plan(
     return found
 
 
-def check_search(*, planner: str, time_limit_s: float | None, gap: float) -> None:
+def check_search(*, planner: str, time_limit_s: float | None, gap: float | None) -> None:
     """Raises MoeplanError for a planner that is not on the menu, a time limit without time and a gap below 0."""
-    if not 0 <= gap < float("inf"):
+    if gap is not None and not 0 <= gap < float("inf"):
         raise MoeplanError(f"gap: {gap} is no share of the step; use 0 (proven best) or more, such as 0.01")
     if time_limit_s is not None and not 0 < time_limit_s < float("inf"):
         raise MoeplanError(f"time limit: {time_limit_s} s is no time; use more than 0, such as 60")

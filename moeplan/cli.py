@@ -125,7 +125,7 @@ def plan(
     phase: Phase = None,
     planner: Planner = "exhaustive",
     time_limit: TimeLimit = None,
-    gap: Gap = 0.0,
+    gap: Gap = None,
     as_json: Json = False,
 ) -> None:
     """Find the fastest legal plan of a scenario, with its certificate."""
@@ -209,7 +209,7 @@ def what_if(
     ] = True,
     planner: Planner = "exhaustive",
     time_limit: TimeLimit = None,
-    gap: Gap = 0.0,
+    gap: Gap = None,
     as_json: Json = False,
 ) -> None:
     """Plan every cell of a grid of changes and compare each with the scenario as it is.

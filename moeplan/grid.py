@@ -68,7 +68,7 @@ class _Search:
 
     planner: str
     time_limit_s: float | None
-    gap: float
+    gap: float | None
     progress: Progress | None
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ def sweep(
     *,
     planner: str = "exhaustive",
     time_limit_s: float | None = None,
-    gap: float = 0.0,
+    gap: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[Row, ...]:
     """A row for each cell of `grid`, the last key varied fastest, each planned from scratch; see `what_if`."""
@@ -102,7 +102,7 @@ def what_if(
     replan: bool = True,
     planner: str = "exhaustive",
     time_limit_s: float | None = None,
-    gap: float = 0.0,
+    gap: float | None = None,
     progress: Progress | None = None,
 ) -> WhatIf:
     """What each cell of the grid over `changes` gives, against the scenario as it is.

@@ -89,7 +89,7 @@ def _layer_bytes(layer: Layer, plan: Plan, scenario: Scenario) -> _LayerBytes:
 
 def _narrow_bytes(experts: Experts, plan: Plan) -> float:
     """What is saved for a received token that is kept in the format it came in, where that is the narrower one."""
-    came, usual = DTYPE_BYTES[plan.precision.dispatch], DTYPE_BYTES[plan.precision.activations]
+    came, usual = DTYPE_BYTES[plan.precision.dispatch], plan.precision.kept_bytes
     return experts.expert_input * max(0.0, usual - came) if plan.ep > 1 else 0.0
 
 

@@ -1,12 +1,12 @@
 """The passes of one micro-batch through each chunk of a part, with the sends at their ends.
 
 ZeRO 2 reduces the gradients of each layer behind every backward pass; ZeRO 3 also gathers the weights of a layer before every
-pass, two layers ahead. What is done once a step stands in `step.py`. Reference: Rajbhandari et al., "ZeRO" (SC 2020).
+pass, a layer ahead. What is done once a step stands in `step.py`. Reference: Rajbhandari et al., "ZeRO" (SC 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moeplan.compiler.blocks import ENTRY, NO_LAYER, Block, Writer
@@ -16,8 +16,6 @@ from moeplan.domain.model import Layer
 from moeplan.domain.program import Pass, Stream
 
 PASS = {"F": Pass.FORWARD, "B": Pass.BACKWARD, "I": Pass.INPUT_GRADIENT, "W": Pass.WEIGHT_GRADIENT}
-_AHEAD = 2
-"""Layers whose weights are gathered before they are needed under ZeRO 3, so that the gather hides behind computation."""
 
 
 @dataclass
@@ -60,14 +58,31 @@ class PartBlocks:
     def _layers_forward(
         self, block: Block, stage: VirtualStage, weights: dict[int, Weights], waits: list[int]
     ) -> list[int]:
-        for offset, layer in enumerate(stage.layers):
-            block.at_layer = stage.first_layer + offset
-            gathered = self._gathered(block, stage, weights, block.at_layer)
+        for offset, gathered in self._layers(block, stage, weights, range(len(stage.layers))):
+            layer = stage.layers[offset]
             waits = self._opened(
                 block, lambda: self.writer.forward(block, layer, [*waits, *gathered], moe=stage.moe[offset])
             )
-        block.at_layer = NO_LAYER
         return waits
+
+    def _layers(
+        self, block: Block, stage: VirtualStage, weights: dict[int, Weights], order: Iterable[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Each layer, and the gathers that it waits for: of its weights, which were begun before the layer before it.
+
+        A gather waits until the layer two before has been computed, so the weights of two layers are there at a time.
+        """
+        offsets, behind = list(order), list[int]()
+        ahead = self._gathered(block, stage, weights, stage.first_layer + offsets[0], behind) if offsets else []
+        for place, offset in enumerate(offsets):
+            gathered, ahead = ahead, []
+            if place + 1 < len(offsets):
+                ahead = self._gathered(block, stage, weights, stage.first_layer + offsets[place + 1], behind)
+            block.at_layer = stage.first_layer + offset
+            start = len(block.stream)
+            yield offset, gathered
+            behind = block.computing(start)
+        block.at_layer = NO_LAYER
 
     @staticmethod
     def _opened(block: Block, write: Callable[[], list[int]]) -> list[int]:
@@ -106,12 +121,9 @@ class PartBlocks:
     def _layers_backward(
         self, block: Block, stage: VirtualStage, weights: dict[int, Weights], waits: list[int]
     ) -> list[int]:
-        for offset in reversed(range(len(stage.layers))):
-            block.at_layer = stage.first_layer + offset
-            waits = [*waits, *self._gathered(block, stage, weights, block.at_layer)]
-            waits = self.writer.backward(block, stage.layers[offset], waits, moe=stage.moe[offset])
+        for offset, gathered in self._layers(block, stage, weights, reversed(range(len(stage.layers)))):
+            waits = self.writer.backward(block, stage.layers[offset], [*waits, *gathered], moe=stage.moe[offset])
             self._reduced(block, stage, weights, block.at_layer)
-        block.at_layer = NO_LAYER
         return waits
 
     def _weights(self, block: Block, stage: VirtualStage) -> None:
@@ -159,16 +171,15 @@ class PartBlocks:
             return {}
         return {weights.layer: weights for weights in weights_of(stage, self.writer.parts)}
 
-    def _gathered(self, block: Block, stage: VirtualStage, weights: dict[int, Weights], layer: int) -> list[int]:
-        """The steps that gather the weights of a layer, behind the computation of the layer before the last."""
+    def _gathered(
+        self, block: Block, stage: VirtualStage, weights: dict[int, Weights], layer: int, behind: Sequence[int] = ()
+    ) -> list[int]:
+        """The steps that gather the weights of a layer under ZeRO 3, behind the given ones."""
         steps: list[int] = []
-        for expert in zero_stages(self.writer.parts.plan, at_least=3):
-            if layer in weights:
-                unit = sharded_exchange(stage, weights[layer], self.writer.parts, expert=expert, operation="all_gather")
-                behind = [step for step in block.computing(0) if block.layer[step] not in (NO_LAYER, layer)]
-                recent = sorted({block.layer[step] for step in behind}, key=lambda each: abs(each - layer))
-                waits = [step for step in behind if len(recent) >= _AHEAD and block.layer[step] == recent[_AHEAD - 1]]
-                steps += block.add(Stream.SHARD, unit, waits) if unit is not None else []
+        block.at_layer = layer
+        for expert in zero_stages(self.writer.parts.plan, at_least=3) if layer in weights else ():
+            unit = sharded_exchange(stage, weights[layer], self.writer.parts, expert=expert, operation="all_gather")
+            steps += block.add(Stream.SHARD, unit, behind) if unit is not None else []
         return steps
 
     def _reduced(self, block: Block, stage: VirtualStage, weights: dict[int, Weights], layer: int) -> None:

@@ -101,8 +101,8 @@ class Kept(NamedTuple):
 
 
 def kept_bytes(operators: Iterable[Operator], precision: Precision) -> Kept:
-    """Sum over operators of kept elements in the activation's precision, and of kept accumulators in fp32."""
-    element = DTYPE_BYTES[precision.activations]
+    """Sum over operators of kept elements in the format they are kept in, and of kept accumulators in fp32."""
+    element = precision.kept_bytes
     whole = dropped = accumulators = 0.0
     for operator in operators:
         fp32 = operator.kept_accumulator_elements * ACCUMULATOR_BYTES
@@ -118,7 +118,7 @@ def weight_input_bytes(operators: Iterable[Operator], precision: Precision) -> t
     With it W holds 32 s b h of a GPT layer where the forward pass left 34 s b h (with dropout masks).
     Reference: Qi et al., "Zero Bubble Pipeline Parallelism" (ICLR 2024), table 1.
     """
-    element = DTYPE_BYTES[precision.activations]
+    element = precision.kept_bytes
     half = fp32 = 0.0
     for operator in operators:
         if operator.kind in _MATRIX:

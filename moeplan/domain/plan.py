@@ -27,7 +27,9 @@ class Precision(Frozen):
     """Operands of the matrix products of experts and projections."""
     weights: Dtype = "bf16"
     activations: Dtype = "bf16"
-    """Activations kept for the backward pass and sent between stages."""
+    """Activations between kernels and between stages; attention runs in it."""
+    kept: Dtype | None = None
+    """Activations kept for the backward pass; None: as they are."""
     gradients: Dtype = "fp32"
     master_weights: Dtype | None = "fp32"
     """None: the optimizer updates the weights themselves."""
@@ -36,6 +38,11 @@ class Precision(Frozen):
     dispatch: Dtype = "bf16"
     combine: Dtype = "bf16"
     cache: Dtype = "bf16"
+
+    @property
+    def kept_bytes(self) -> float:
+        """Of an element that is kept for the backward pass."""
+        return DTYPE_BYTES[self.kept or self.activations]
 
 
 class Capacity(Frozen):

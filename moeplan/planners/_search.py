@@ -25,6 +25,8 @@ from moeplan.simulator.simulate import simulate
 Progress = Callable[[str, float, float], None]
 _ROUNDING = 1e-9
 """Bounds and simulation add the same numbers in another order."""
+EFFORT_TASKS = 1_000_000
+"""Without a time limit or a gap to reach, the search ends when so many tasks have been simulated: the same answer anywhere."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
 
@@ -65,7 +67,7 @@ class Search:
     """One run of the search. `best` and `timeline` are of the best plan found, `lower_bound_s` of all that is left and found."""
 
     space: Space
-    gap: float
+    gap: float | None
     time_limit_s: float | None
     progress: Progress | None
     best: Tried | None = None
@@ -79,6 +81,7 @@ class Search:
     """Share of the usable memory, and the plan that needs least."""
     front_s: float = 0.0
     proven: bool = False
+    simulated_tasks: int = 0
     _queue: list[_Entry] = field(default_factory=list)
     _count: int = 0
 
@@ -101,7 +104,7 @@ class Search:
         self._bound_branches()
         while self._queue:
             self.front_s = self._queue[0].bound_s
-            if self.best is not None and self.front_s >= self.best.step_s / (1 + self.gap) * (1 - _ROUNDING):
+            if self.best is not None and self.front_s >= self.best.step_s / (1 + (self.gap or 0.0)) * (1 - _ROUNDING):
                 break
             if self._is_over(started):
                 break
@@ -129,7 +132,9 @@ class Search:
         return total
 
     def _is_over(self, started: float) -> bool:
-        return self.time_limit_s is not None and time.monotonic() - started > self.time_limit_s
+        if self.time_limit_s is not None:
+            return time.monotonic() - started > self.time_limit_s
+        return self.gap is None and self.simulated_tasks > EFFORT_TASKS
 
     def _bound_branches(self) -> None:
         branches = self.space.branches
@@ -170,17 +175,20 @@ class Search:
         """Share of the usable memory that the fullest rank needs, by all choices but arbitration."""
         sizes = [len(values) for values in branch.lists]
         usable = self.scenario.cluster.gpu.usable_memory_bytes
-        held, kept = {}, {}
-        for index in np.ndindex(*sizes[:6]):
-            passing, staying = (index[0], index[1], index[3]), (index[4], index[5])
-            if passing not in held or staying not in kept:
-                plan = self.space.plan(branch, int(np.ravel_multi_index((*index, 0), sizes)))
-                held.setdefault(passing, footprint.held(plan, self.scenario).total_P)
-                kept.setdefault(staying, footprint.states(plan, self.scenario).total_P)
-        found = np.empty(sizes[:6])
-        for (m, r, o), first in held.items():
-            for (d, e), second in kept.items():
-                found[m, r, :, o, d, e] = (first + second).max() / usable
+
+        def plan(*index: int) -> Plan:
+            return self.space.plan(branch, int(np.ravel_multi_index(index, sizes)))
+
+        staying = np.array(
+            [[footprint.states(plan(0, 0, 0, 0, d, e, 0), self.scenario).total_P for e in range(sizes[5])] for d in range(sizes[4])]
+        )
+        found = np.full(sizes[:6], np.inf)
+        if staying.max(axis=2).min() > usable:
+            found[:] = staying.max(axis=2) / usable
+            return found
+        for m, r, o in np.ndindex(sizes[0], sizes[1], sizes[3]):
+            passing = footprint.held(plan(m, r, 0, o, 0, 0, 0), self.scenario).total_P
+            found[m, r, :, o] = (staying + passing).max(axis=2) / usable
         return found
 
     def _remember_smallest(self, branch: Branch, share: Floats, bounds_s: Floats) -> None:
@@ -207,6 +215,7 @@ class Search:
 
     def _try(self, plan: Plan, bound_s: float) -> None:
         timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
+        self.simulated_tasks += len(timeline.program.tasks)
         found = Tried(plan, bound_s, timeline.step_s, breakdown_s(timeline))
         self.tried.append(found)
         if self.best is None or found.step_s < self.best.step_s:

@@ -16,12 +16,13 @@ from moeplan.planners._space import Space
 
 
 def plan(
-    scenario: Scenario, *, time_limit_s: float | None = None, gap: float = 0.0, progress: Progress | None = None
+    scenario: Scenario, *, time_limit_s: float | None = None, gap: float | None = None, progress: Progress | None = None
 ) -> PlanResult:
     """The best plan, with its lower bound and what became of all the others.
 
-    Stops when the best found is proven within `gap` (a share), or after `time_limit_s` seconds. Raises InfeasibleError if no
-    plan fits.
+    Stops when the best found is proven within `gap` (a share; 0: proven best), or after `time_limit_s` seconds. With neither it
+    stops when the plan is proven best or a fixed number of tasks has been simulated, so that the answer does not
+    depend on the machine. Raises InfeasibleError if no plan fits.
     """
     search = Search(Space(scenario), gap=gap, time_limit_s=time_limit_s, progress=progress)
     search.run()
