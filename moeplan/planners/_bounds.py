@@ -158,7 +158,7 @@ class Bounds:
         paired = np.maximum(pairs[0] + pairs[1] * microbatches, 0.0)
         pair = np.minimum(passes.pair_s(*stages), passes.pair_s(*stages[::-1]))
         if closely:
-            exact = [self.pairs.paths_s(branch, rank, *chunks)[0].max(axis=0) for chunks in ((0, 1), (1, 0))]
+            exact = [self.pairs.paths_s(branch, rank, *chunks, begin=0).max(axis=0) for chunks in ((0, 1), (1, 0))]
             pair = np.maximum(pair, np.minimum(*exact))
         return np.asarray(paired * pair + (microbatches - paired) * once.min(axis=0))
 

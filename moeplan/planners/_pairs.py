@@ -48,22 +48,22 @@ class Pairs:
         self._slots: dict[tuple[object, ...], Slot] = {}
         self._spans: dict[tuple[object, ...], Floats] = {}
 
-    def paths_s(self, branch: Branch, rank: int, forward: int, backward: int) -> Floats:
-        """[2, 2, U]: least seconds from the beginning of F of chunk `forward`, or of B of `backward`, to the end of each."""
+    def paths_s(self, branch: Branch, rank: int, forward: int, backward: int, *, begin: int) -> Floats:
+        """[2, U]: least seconds from the beginning of F of chunk `forward` (`begin` 0) or of B of `backward` (1) to the end of each."""
         chains = self.bounds.chains(branch)
         shape = self.bounds.shape(branch.layout)
         virtual = shape.virtual[rank][forward], shape.virtual[rank][backward]
         last = len(branch.layout.stages) - 1
         content = tuple((shape.kinds_V[v], v == 0, v == last) for v in virtual)
-        key = (id(chains), content)
+        key = (id(chains), content, begin)
         if key not in self._spans:
-            found = np.zeros((2, 2, chains.ends.shape[-1]))
+            found = np.zeros((2, chains.ends.shape[-1]))
             rows = np.arange(found.shape[-1]).reshape([len(values) for values in branch.lists[:4]])
             for r, recompute in enumerate(branch.recompute):
                 for o, parts in enumerate(branch.overlap_degree):
                     at = rows[:, r, :, o].ravel()
                     slot = self._slot(branch, rank, forward, backward, (recompute == "full", parts), content)
-                    found[:, :, at] = [_longest(slot, chains, at, start) for start in slot.first]
+                    found[0, at], found[1, at] = _longest(slot, chains, at, slot.first[begin])
             self._spans[key] = found
         return self._spans[key]
 
@@ -125,17 +125,21 @@ class Pairs:
 
 def _longest(
     slot: Slot, chains: Chains, rows: np.ndarray[tuple[int], np.dtype[np.int64]], start: int
-) -> tuple[Floats, Floats]:
+) -> tuple[Floats | float, Floats | float]:
     """[rows]: from the beginning of step `start` to the end of the last computing step of each block; 0 if it is not behind."""
-    ends: list[Floats | None] = [None] * len(slot.names)
+    alone = len(rows) == 1
+    known: dict[Name, Floats | float] = {}
+    for name in set(slot.names):
+        seconds = chains.seconds(*name)
+        known[name] = 0.0 if seconds is None else float(seconds[rows[0]]) if alone else seconds[rows]
+    largest = max if alone else np.maximum
+    ends: dict[int, Floats | float] = {}
     for at in range(start, len(slot.names)):
-        before = [end for end in (ends[each] for each in slot.follows[at]) if end is not None]
-        if not before and at != start:
-            continue
-        begin = before[0] if before else np.zeros(len(rows))
-        for end in before[1:]:
-            begin = np.maximum(begin, end)
-        seconds = chains.seconds(*slot.names[at])
-        ends[at] = begin if seconds is None else begin + seconds[rows]
-    first, second = (ends[last] if ends[last] is not None else np.zeros(len(rows)) for last in slot.last)
-    return first, second  # type: ignore[return-value]
+        begin: Floats | float | None = 0.0 if at == start else None
+        for each in slot.follows[at]:
+            if each in ends:
+                begin = ends[each] if begin is None else largest(begin, ends[each])  # type: ignore[operator]
+        if begin is not None:
+            ends[at] = begin + known[slot.names[at]]
+    first, second = (ends.get(last, 0.0) for last in slot.last)
+    return first, second

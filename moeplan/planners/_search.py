@@ -25,8 +25,9 @@ from moeplan.simulator.simulate import simulate
 Progress = Callable[[str, float, float], None]
 _ROUNDING = 1e-9
 """Bounds and simulation add the same numbers in another order."""
-EFFORT_TASKS = 1_000_000
-"""Without a time limit or a gap to reach, the search ends when so many tasks have been simulated: the same answer anywhere."""
+EFFORT_TASKS, EFFORT_PLANS = 150_000, 3
+"""Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an amount of
+work, not of time, so that the answer is the same anywhere."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
 
@@ -134,7 +135,8 @@ class Search:
     def _is_over(self, started: float) -> bool:
         if self.time_limit_s is not None:
             return time.monotonic() - started > self.time_limit_s
-        return self.gap is None and self.simulated_tasks > EFFORT_TASKS
+        enough = self.simulated_tasks >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
+        return self.gap is None and enough
 
     def _bound_branches(self) -> None:
         branches = self.space.branches

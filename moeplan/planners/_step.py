@@ -39,6 +39,7 @@ class StepBounds:
 
     bounds: Bounds
     _weights: dict[tuple[object, ...], Weights] = field(default_factory=dict)
+    _ends: dict[Plan, Floats] = field(default_factory=dict)
 
     def branch_s(self, branch: Branch) -> Floats:
         """[U, D, E]: at least the seconds of a step of every plan of a branch; arbitration cannot lower it."""
@@ -154,6 +155,17 @@ class StepBounds:
         copies = machine.COPIES if self.bounds.training else 1
         branch = branch_of(plan, copies, (plan.dp * plan.cp * copies, plan.edp * copies))
         passes = self.bounds.passes(branch)
+        key = plan.model_copy(update={"zero_dense": 0, "zero_expert": 0, "arbitration": "fair"})
+        if key not in self._ends:
+            self._ends[key] = self._ends_s(plan, branch, passes)
+        ends = self._ends[key]
+        if not self.bounds.training:
+            return float(ends.max())
+        _, closing, _ = self._once(branch, passes)
+        return float((ends + closing[:, 0, 0, 0]).max())
+
+    def _ends_s(self, plan: Plan, branch: Branch, passes: Passes) -> Floats:
+        """[P]: when each pipeline rank ends its last pass."""
         shape = self.bounds.shape(branch.layout)
         known: dict[tuple[int, int], Paths] = {}
 
@@ -175,13 +187,9 @@ class StepBounds:
         ]  # fmt: skip
         times = finish_times(
             orders(plan, self.bounds.scenario), virtual_stages=shape.virtual, durations_s=durations,
-            hop_s=float(passes.hop[0]), pair_s=pair_s if copies > 1 else None,
+            hop_s=float(passes.hop[0]), pair_s=pair_s if branch.layout.copies > 1 else None,
         )  # fmt: skip
-        ends = np.array([stage[-1] for stage in times.finish_s])
-        if not self.bounds.training:
-            return float(ends.max())
-        _, closing, _ = self._once(branch, passes)
-        return float(max((ends + closing[:, 0, 0, 0]).max(), self.branch_s(branch)[0, 0, 0]))
+        return np.array([stage[-1] for stage in times.finish_s])
 
     def _pair_s(self, branch: Branch, passes: Passes, rank: int, forward: int) -> Paths:
         """From the beginning of F (chunk `forward`) and of B to the end of each, in one slot."""
@@ -190,5 +198,5 @@ class StepBounds:
         own = (float(passes.forward[f, 0]), float(passes.backward[b, 0]))
         if not self.bounds.prices.is_even:
             return ((own[0], 0.0), (0.0, own[1]))
-        exact = self.bounds.pairs.paths_s(branch, rank, forward, 1 - forward)[:, :, 0]
-        return ((max(own[0], exact[0, 0]), exact[0, 1]), (exact[1, 0], max(own[1], exact[1, 1])))
+        exact = [self.bounds.pairs.paths_s(branch, rank, forward, 1 - forward, begin=each)[:, 0].tolist() for each in (0, 1)]
+        return ((max(own[0], exact[0][0]), exact[0][1]), (exact[1][0], max(own[1], exact[1][1])))

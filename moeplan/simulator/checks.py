@@ -27,7 +27,7 @@ def check(timeline: Timeline, seconds_T: Floats) -> None:
     least = np.array([wire_s(program, number) for number in range(len(program.meetings))])
     away = np.flatnonzero(~compute)
     last_of_meeting = (end - start)[away]
-    alone = np.array([len(meeting.lanes) == 1 for meeting in program.meetings])[program.tasks.unit_T[away]]
+    alone = np.array([len(meeting.lanes) == 1 for meeting in program.meetings], bool)[program.tasks.unit_T[away]]
     _law((last_of_meeting[alone] >= least[program.tasks.unit_T[away]][alone] - slack).all(), "an exchange beats its wires")
 
 
