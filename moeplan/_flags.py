@@ -31,7 +31,10 @@ Sequence = Annotated[int | None, typer.Option("--seq", help="Tokens of a sequenc
 Phase = Annotated[str | None, typer.Option(help="train, prefill or decode.")]
 Planner = Annotated[str, typer.Option(help="Which planner: see `moeplan list planners`.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds after which the best plan so far is the answer.")]
-Gap = Annotated[float, typer.Option(help="Stop when proven within this share of the best; 0.01 is one per cent.")]
+Gap = Annotated[
+    float | None,
+    typer.Option(help="Stop when proven within this share of the best (0.01: one per cent). Default: a fixed effort."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan, or what `plan --json` wrote; without it, planned now.")

@@ -11,7 +11,6 @@ from typing import Any
 
 from moeplan import catalogue, menu
 from moeplan.compiler.compile_plan import compile_plan
-from moeplan.compiler.footprint import footprint
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.causes import breakdown_s
 from moeplan.domain.plan import Plan
@@ -19,6 +18,7 @@ from moeplan.domain.result import Figures, PlanResult
 from moeplan.domain.scenario import Scenario
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import MoeplanError
+from moeplan.partition.footprint import footprint
 from moeplan.simulator import simulate as simulator
 from moeplan.simulator.noise import Noise
 
@@ -70,9 +70,9 @@ def plan(
 ) -> PlanResult:
     """The best plan that the planner finds, with its certificate: no plan is faster than `lower_bound_s`.
 
-    The planner stops when the plan is proven within `gap` of the best (0.01: one per cent; 0: proven best), or when the time is
-    over; with neither, when it is proven best or a fixed amount of work is done.
-    Raises CatalogueError, and InfeasibleError if no plan fits.
+    The planner stops when the plan is proven within `gap` of the best (0.01: one per cent; 0: proven best), or when
+    the time is over; with neither, when it is proven best or a fixed amount of work is done. Raises CatalogueError,
+    and InfeasibleError if no plan fits.
     """
     check_search(planner=planner, time_limit_s=time_limit_s, gap=gap)
     run = menu.load("planners", planner, "plan")

@@ -10,8 +10,8 @@
 A message has four words: where, found, allowed, remedy.
 """
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class MoeplanError(Exception):
@@ -43,5 +43,7 @@ def unknown_name(kind: str, found: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     close = get_close_matches(found, names, n=1)
     shown = ", ".join(name for name in names[:12] if name not in close)
-    also = f"({shown}{', ...' if len(names) > 12 else ''} also exist)" if close else f"use one of: {shown or 'none exist'}"
+    also = (
+        f"({shown}{', ...' if len(names) > 12 else ''} also exist)" if close else f"use one of: {shown or 'none exist'}"
+    )
     return f"unknown {kind} {found!r}; " + (f"did you mean {close[0]!r}? {also}" if close else also)

@@ -8,12 +8,12 @@ from itertools import product
 from typing import Any
 
 from moeplan.api import Progress, Source, check_search, load, plan, simulate
-from moeplan.compiler.footprint import check_memory
-from moeplan.compiler.legal import check_plan
 from moeplan.domain.plan import Plan
 from moeplan.domain.result import Figures, PlanResult
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import CatalogueError, MoeplanError, PlanError
+from moeplan.partition.footprint import check_memory
+from moeplan.partition.legal import check_plan
 
 _Cell = tuple[Mapping[str, object], Scenario | str]
 """The changes, and the scenario that they make or the reason why they make none."""

@@ -47,7 +47,8 @@ def parse(text: str, dimension: str) -> float:
 
 def _unit(text: str, unit: str) -> tuple[str, float]:
     if re.fullmatch(r"[kKMGTP]?i?b(ps)?", unit):
-        raise ValueError(f"{text!r} can be read as bits or as bytes; write '{unit.rstrip('ps')[:-1]}bit' or '{unit.rstrip('ps')[:-1]}B'")
+        prefix = unit.removesuffix("ps")[:-1]
+        raise ValueError(f"{text!r} can be read as bits or as bytes; write '{prefix}bit' or '{prefix}B'")
     for name, (dimension, factor, prefixes) in _UNITS.items():
         prefix = unit.removesuffix(name)
         if unit.endswith(name) and prefix in prefixes:

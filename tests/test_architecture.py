@@ -20,6 +20,7 @@ LAYERS = (
     {"placers"},
     {"simulator", "executor"},
     {"catalogue", "importers", "compiler"},
+    {"partition"},
     {"cost", "routers", "collectives", "schedules", "adaptations"},
     {"domain", "menu"},
     {"errors", "units"},

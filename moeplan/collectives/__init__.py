@@ -4,9 +4,9 @@ A dish has `OPERATIONS`, the operations that it can do (all_to_all, all_gather, 
 
     waves(operation, groups_NG, share_GG, cluster) -> list[Wave]
 
-the transfers of all the groups at once, for an exchange of one byte (`Exchange.size_bytes == 1`), in waves: a wave starts when
-the one before has ended. `share_GG` is None for equal shares. `applies(groups_NG, cluster)` says whether the algorithm differs
-from `linear` on these groups; a plan that asks for it elsewhere is refused.
+the transfers of all the groups at once, for an exchange of one byte (`Exchange.size_bytes == 1`), in waves: a wave
+starts when the one before has ended. `share_GG` is None for equal shares. `applies(groups_NG, cluster)` says whether
+the algorithm differs from `linear` on these groups; a plan that asks for it elsewhere is refused.
 
 Law (tests/contracts/test_collectives.py): every byte arrives once: what each rank holds after the last wave is what
 the operation says, and no wave moves bytes that its sender has not got. Example, an exchange over one hub:

@@ -1,7 +1,8 @@
-"""First inside each node, so that everything for local index l is on the rank with index l; then between nodes, index by index.
+"""First inside each node, so that everything for local index l is on the rank with index l; then between nodes, index
+by index.
 
-Messages between nodes are as many times larger as the group has members in a node, and never cross rails; the bytes inside
-a node are those of both stages. Reference: Rajbhandari et al., "DeepSpeed-MoE" (ICML 2022), section 5.2.
+Messages between nodes are as many times larger as the group has members in a node, and never cross rails; the bytes
+inside a node are those of both stages. Reference: Rajbhandari et al., "DeepSpeed-MoE" (ICML 2022), section 5.2.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ def applies(groups_NG: Ints, cluster: Cluster) -> bool:
 
 
 def waves(operation: str, groups_NG: Ints, share_GG: Floats | None, cluster: Cluster) -> list[Wave]:
-    """Two waves: (n, l) to (n, l') with all that is for any (*, l'), then (n, l') to (n', l') with all that is for it."""
-    num_groups, size = groups_NG.shape
+    """Two waves: (n, l) to (n, l') with all that is for any (*, l'), then (n, l') to (n', l') with all that is for
+    it.
+    """
+    size = groups_NG.shape[1]
     nodes_NG = groups_NG // cluster.gpus_per_node
     local = int((nodes_NG[0] == nodes_NG[0, 0]).sum())
     share = np.full((size, size), 1.0 / size) if share_GG is None else share_GG

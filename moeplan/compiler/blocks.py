@@ -1,13 +1,14 @@
 """One pass of one micro-batch through the layers of one chunk, as a list of steps that wait for earlier steps.
 
-The order of the list is the order of every stream; a step runs when the step before it on its stream and the steps it waits
-for have ended.
+The order of the list is the order of every stream; a step runs when the step before it on its stream and the steps it
+waits for have ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from moeplan.compiler.parts import Parts, Place
 from moeplan.domain.feed_forward import DenseFeedForward, Experts
@@ -21,7 +22,9 @@ ENTRY = -1
 
 @dataclass
 class Block:
-    """Steps by column. `entry` are the steps that wait for what comes before the block, `last` what follows it waits for."""
+    """Steps by column. `entry` are the steps that wait for what comes before the block, `last` what follows it waits
+    for.
+    """
 
     passes: Pass
     stream: list[int] = field(default_factory=list)
@@ -99,7 +102,7 @@ class Writer:
         beside = self._shared(block, experts, Pass.FORWARD, waits)
         back = [self._experts(block, experts, Pass.FORWARD, sent[cut], moe=moe, part=cut) for cut in cuts]
         returned = [self._send_out(block, experts, "combine", back[cut], moe=moe) for cut in cuts]
-        return block.add(Stream.COMPUTE, parts.merge(experts, Pass.FORWARD), [*sum(returned, []), *beside])
+        return block.add(Stream.COMPUTE, parts.merge(experts, Pass.FORWARD), [*chain.from_iterable(returned), *beside])
 
     def _send_out(self, block: Block, experts: Experts, kind: str, waits: list[int], *, moe: int) -> list[int]:
         return block.add(Stream.EXPERT, self.parts.routed(self.stage, experts, kind, moe=moe), waits)
@@ -161,7 +164,7 @@ class Writer:
         beside = self._shared(block, experts, block.passes, waits)
         back = [self._experts(block, experts, block.passes, sent[cut], moe=moe, part=cut) for cut in cuts]
         returned = [self._send_out(block, experts, "combine", back[cut], moe=moe) for cut in cuts]
-        waits = [*sum(returned, []), *beside]
+        waits = [*chain.from_iterable(returned), *beside]
         if self._routed(layer):
             return waits
         return block.add(Stream.COMPUTE, parts.router(layer, block.passes), waits)

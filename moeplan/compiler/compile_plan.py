@@ -8,20 +8,20 @@ from functools import cached_property
 import numpy as np
 
 from moeplan import menu
+from moeplan.compiler.blocks import Writer
 from moeplan.compiler.lanes import Folding, fold
 from moeplan.compiler.layout import Layout, Listing
-from moeplan.compiler.legal import check_plan
-from moeplan.compiler.blocks import Writer
-from moeplan.compiler.parts import Parts, Tokens
+from moeplan.compiler.parts import Parts
 from moeplan.compiler.passes import PartBlocks
-from moeplan.compiler.ranks import coordinate, ranks_of_stage
-from moeplan.compiler.route import Load, load_of
-from moeplan.compiler.stages import Pipeline, pipeline
 from moeplan.compiler.step import closing, opening
 from moeplan.compiler.traffic import Pattern, expand, pattern_key
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Ints, Lane, Phase, Program, Rendezvous
 from moeplan.domain.scenario import Scenario
+from moeplan.partition.legal import check_plan
+from moeplan.partition.ranks import coordinate, ranks_of_stage
+from moeplan.partition.route import Load, Tokens, load_of
+from moeplan.partition.stages import Pipeline, pipeline
 from moeplan.schedules import Action, Order
 
 
@@ -83,7 +83,9 @@ class _Compilation:
         numbers: dict[tuple[object, ...], int] = {}
         which = [numbers.setdefault(pattern_key(exchange), len(numbers)) for exchange in self.parts.exchanges]
         first: list[int] = np.unique(which, return_index=True)[1].tolist() if which else []
-        return [expand(self.parts.exchanges[index], self.scenario.cluster) for index in first], np.array(which, np.int64)
+        return [expand(self.parts.exchanges[index], self.scenario.cluster) for index in first], np.array(
+            which, np.int64
+        )
 
     @cached_property
     def part_R(self) -> tuple[Ints, Ints]:

@@ -1,10 +1,12 @@
-"""Ranks that must behave alike become one lane, flows that must get the same rate one class: one colour refinement of both.
+"""Ranks that must behave alike become one lane, flows that must get the same rate one class: one colour refinement of
+both.
 
-A rank's colour is made of its part in the plan and of the colours of its groups and flows; a flow's of its share, its ends and
-its links (all hops of a ring are one flow, since they go at one pace); a link's of its capacity and its flows. When no colour splits any more, ranks, flows and links of one
-colour cannot be told apart by any fair sharing of the links (the partition is equitable), so one of each stands for all of them.
-Colours are 64-bit hashes: two different colours are taken for one with a chance below 1e-9 for a million flows.
-Reference: McKay, Piperno, "Practical graph isomorphism, II" (2014), section 2.2, for refinement.
+A rank's colour is made of its part in the plan and of the colours of its groups and flows; a flow's of its share, its
+ends and its links (all hops of a ring are one flow, since they go at one pace); a link's of its capacity and its
+flows. When no colour splits any more, ranks, flows and links of one colour cannot be told apart by any fair sharing
+of the links (the partition is equitable), so one of each stands for all of them. Colours are 64-bit hashes: two
+different colours are taken for one with a chance below 1e-9 for a million flows. Reference: McKay, Piperno,
+"Practical graph isomorphism, II" (2014), section 2.2, for refinement.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Folding:
 
 
 def fold(patterns: Sequence[Pattern], *, part_R: Ints, cluster: Cluster) -> Folding:
-    """The coarsest exact lanes in which ranks of different `part_R` stay apart. Lanes are numbered by their first rank."""
+    """The coarsest exact lanes in which ranks of different `part_R` stay apart. Lanes are numbered by their first
+    rank.
+    """
     table = _Table.of(patterns, part_R, cluster)
     rank, flow, link = _refine(table)
     lane_R = _numbered(rank)
@@ -49,8 +53,8 @@ def fold(patterns: Sequence[Pattern], *, part_R: Ints, cluster: Cluster) -> Fold
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Table:
-    """All patterns' transfers F one after another, in B flows (bundles of one pace); links that nothing crosses, or that never hold a
-    flow up, are left out."""
+    """All patterns' transfers F one after another, in B flows (bundles of one pace); links that nothing crosses, or
+    that never hold a flow up, are left out."""
 
     part_R: Ints
     source_F: Ints
@@ -196,7 +200,7 @@ def _meetings(
     found = []
     for set_number, group in enumerate(_lane_sets(pattern, lane_R)[1]):
         phases = []
-        for phase in range(pattern.phase_F.max() + 1):
+        for phase in range(int(pattern.phase_F.max(initial=0)) + 1):
             chosen = (who == set_number) & (phase_B == phase)
             classes = tuple(np.unique(klass[chosen]).tolist())
             phases.append(Phase(latency_s=float(delay_B[chosen].max(initial=0.0)), classes=classes))

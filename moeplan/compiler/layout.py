@@ -1,4 +1,6 @@
-"""Blocks laid end to end: every pass of every micro-batch becomes a stretch of the task table, tied to the passes it waits for."""
+"""Blocks laid end to end: every pass of every micro-batch becomes a stretch of the task table, tied to the passes it
+waits for.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moeplan.compiler.blocks import ENTRY, Block
-from moeplan.compiler.ranks import ranks_of_stage
-from moeplan.compiler.stages import Pipeline
 from moeplan.compiler.step import StepBlock
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Ints, Lane, Stream, Tasks
+from moeplan.partition.ranks import ranks_of_stage
+from moeplan.partition.stages import Pipeline
 from moeplan.schedules import Action
 
 _Key = tuple[int, str, int, int]
@@ -215,7 +217,10 @@ def merged(blocks: tuple[Block, ...]) -> Columns:
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     places = tuple(np.split(rank, np.cumsum(sizes)[:-1]))
-    ties = [(place[np.array(b.before, np.int64)], place[np.array(b.after, np.int64)]) for b, place in zip(blocks, places, strict=True)]
+    ties = [
+        (place[np.array(b.before, np.int64)], place[np.array(b.after, np.int64)])
+        for b, place in zip(blocks, places, strict=True)
+    ]
 
     def column(name: str) -> Ints:
         return np.concatenate([np.array(getattr(block, name), np.int64) for block in blocks])[order]

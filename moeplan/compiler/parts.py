@@ -1,6 +1,7 @@
 """The works and exchanges that a plan is made of, each named once: what blocks are built from.
 
-A *part* is a stage, and under uneven routing also a place in the expert-parallel group: ranks of one part get the same works.
+A *part* is a stage, and under uneven routing also a place in the expert-parallel group: ranks of one part get the
+same works.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from functools import cached_property
 
 import numpy as np
 
-from moeplan.compiler.ranks import coordinate, groups, ranks_of_stage
-from moeplan.compiler.route import Load
 from moeplan.compiler.works import optimizer_work, work
 from moeplan.domain.feed_forward import DenseFeedForward, Experts
 from moeplan.domain.model import Layer, Model
@@ -20,33 +19,13 @@ from moeplan.domain.operators import Operator
 from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Exchange, Floats, Ints, Pass, Work
 from moeplan.domain.workload import Workload
+from moeplan.partition.ranks import coordinate, groups, ranks_of_stage
+from moeplan.partition.route import Load, Tokens
+from moeplan.partition.stages import VirtualStage
+from moeplan.partition.weights import Weights
 
 Place = int
 """A rank's coordinate in its expert-parallel group."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
-    """Tokens of one micro-batch: in all, on one context-parallel rank, and on one rank under sequence parallelism."""
-
-    sequence: int
-    context: int
-    batch: int
-    group: int
-    rank: int
-
-    @staticmethod
-    def of(plan: Plan, workload: Workload) -> Tokens:
-        """Decoding shares the cache, not the one new token, over context-parallel ranks."""
-        batch = plan.micro_batch * workload.query_length
-        group = batch if workload.phase == "decode" else batch // plan.cp
-        return Tokens(
-            sequence=workload.query_length,
-            context=workload.sequence,
-            batch=batch,
-            group=group,
-            rank=-(-group // plan.tp),
-        )
 
 
 @dataclass
@@ -74,7 +53,9 @@ class Parts:
 
     # ---- works
 
-    def _work(self, key: tuple[object, ...], kind: str, passes: Pass, operators: Callable[[], tuple[Operator, ...]]) -> int:
+    def _work(
+        self, key: tuple[object, ...], kind: str, passes: Pass, operators: Callable[[], tuple[Operator, ...]]
+    ) -> int:
         full = (*key, passes)
         if full not in self._works:
             again = self.plan.recompute == "selective"
@@ -152,7 +133,9 @@ class Parts:
         )  # fmt: skip
 
     def head(self, passes: Pass) -> int:
-        """Final norm, scores over the vocabulary and, in training, the loss. Serving scores each sequence's last token."""
+        """Final norm, scores over the vocabulary and, in training, the loss. Serving scores each sequence's last
+        token.
+        """
         tokens = self.tokens.group if self.workload.is_training else self.plan.micro_batch
         return self._work(
             ("head",), "head", passes,
@@ -214,7 +197,9 @@ class Parts:
         )  # fmt: skip
 
     def routed(self, stage: int, experts: Experts, kind: str, *, moe: int) -> int | None:
-        """Dispatch (token to expert) or combine (back) of one of the parts of the tokens; None if nothing has to move."""
+        """Dispatch (token to expert) or combine (back) of one of the parts of the tokens; None if nothing has to
+        move.
+        """
         assert self.load is not None
         if self.plan.ep == 1:
             return None
@@ -252,16 +237,19 @@ class Parts:
             operation=operation, algorithm="ring", members=members, size_bytes=size,
         )  # fmt: skip
 
-    def sharding(self, holders: tuple[int, ...], *, expert: bool, operation: str, size_bytes: float) -> int | None:
-        """Gradients or parameters of one virtual stage over the ranks that hold the same; `holders` are pipeline ranks."""
-        axes = ("edp",) if expert else ("cp", "dp")
+    def sharding(self, stage: VirtualStage, weights: Weights, *, expert: bool, operation: str) -> int | None:
+        """A layer's weights gathered (all_gather), or its gradients reduced, over the ranks that hold the same; None:
+        nothing to do.
+        """
+        gathers, precision, holders = operation == "all_gather", self.plan.precision, stage.holders
+        size_bytes = weights.count(expert=expert) * DTYPE_BYTES[precision.weights if gathers else precision.gradients]
         if self.replicas(holders, expert=expert) == 1 or size_bytes == 0:
             return None
-        kind = "parameters" if operation == "all_gather" else "gradients"
+        axes = ("edp",) if expert else ("cp", "dp")
         return self._exchange(
-            ("sharding", holders, expert, operation, size_bytes), kind=kind, operation=operation, algorithm="ring",
+            ("sharding", holders, expert, operation, size_bytes), kind="parameters" if gathers else "gradients",
+            operation=operation, algorithm="ring", size_bytes=size_bytes,
             members=lambda: np.concatenate([self._members(holder, *axes) for holder in holders], axis=1),
-            size_bytes=size_bytes,
         )  # fmt: skip
 
     def replicas(self, holders: tuple[int, ...], *, expert: bool) -> int:

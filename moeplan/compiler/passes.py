@@ -1,19 +1,19 @@
 """The passes of one micro-batch through each chunk of a part, with the sends at their ends.
 
-ZeRO 2 reduces the gradients of each layer behind every backward pass; ZeRO 3 also gathers the weights of a layer before every
-pass, a layer ahead. What is done once a step stands in `step.py`. Reference: Rajbhandari et al., "ZeRO" (SC 2020).
+ZeRO 2 reduces the gradients of each layer behind every backward pass; ZeRO 3 also gathers the weights of a layer
+before every pass, a layer ahead. What is done once a step stands in `step.py`. Reference: Rajbhandari et al., "ZeRO"
+(SC 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moeplan.compiler.blocks import ENTRY, NO_LAYER, Block, Writer
-from moeplan.compiler.sharding import Weights, sharded_exchange, weights_of, zero_stages
-from moeplan.compiler.stages import Pipeline, VirtualStage
-from moeplan.domain.model import Layer
 from moeplan.domain.program import Pass, Stream
+from moeplan.partition.stages import Pipeline, VirtualStage
+from moeplan.partition.weights import Weights, weights_of, zero_stages
 
 PASS = {"F": Pass.FORWARD, "B": Pass.BACKWARD, "I": Pass.INPUT_GRADIENT, "W": Pass.WEIGHT_GRADIENT}
 
@@ -45,24 +45,25 @@ class PartBlocks:
         parts, weights = self.writer.parts, self._weights_by_layer(stage)
         waits = [ENTRY, *self._gathered(block, stage, weights, NO_LAYER)]
         if stage.has_embedding:
-            waits = self._opened(block, lambda: block.add(Stream.COMPUTE, parts.embedding(Pass.FORWARD), waits))
+            waits = block.add(Stream.COMPUTE, parts.embedding(Pass.FORWARD), waits)
+            self._opens(block, waits[0])
         waits = self._layers_forward(block, stage, weights, waits)
         for layer in stage.prediction:
             waits = block.add(Stream.COMPUTE, parts.prediction(Pass.FORWARD), waits)
             waits = self.writer.forward(block, layer, waits, moe=self._prediction_moe)
             waits = block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits)
         if stage.has_head:
-            waits = self._opened(block, lambda: block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits))
+            waits = block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits)
+            self._opens(block, waits[0])
         block.last = self._sent(block, stage.number, 1, waits)
 
     def _layers_forward(
         self, block: Block, stage: VirtualStage, weights: dict[int, Weights], waits: list[int]
     ) -> list[int]:
         for offset, gathered in self._layers(block, stage, weights, range(len(stage.layers))):
-            layer = stage.layers[offset]
-            waits = self._opened(
-                block, lambda: self.writer.forward(block, layer, [*waits, *gathered], moe=stage.moe[offset])
-            )
+            start = len(block.stream)
+            waits = self.writer.forward(block, stage.layers[offset], [*waits, *gathered], moe=stage.moe[offset])
+            self._opens(block, start)
         return waits
 
     def _layers(
@@ -85,12 +86,9 @@ class PartBlocks:
         block.at_layer = NO_LAYER
 
     @staticmethod
-    def _opened(block: Block, write: Callable[[], list[int]]) -> list[int]:
-        """What `write` adds, marked as what needs the weights of the layer at hand; all of it but sends and gathers."""
-        start = len(block.stream)
-        waits = write()
+    def _opens(block: Block, start: int) -> None:
+        """Marks what computes from step `start` on as what needs the weights of the layer at hand."""
         block.opening.setdefault(block.at_layer, []).extend(block.computing(start))
-        return waits
 
     @property
     def _prediction_moe(self) -> int:
@@ -169,7 +167,9 @@ class PartBlocks:
     def _weights_by_layer(self, stage: VirtualStage) -> dict[int, Weights]:
         if not self.writer.parts.workload.is_training:
             return {}
-        return {weights.layer: weights for weights in weights_of(stage, self.writer.parts)}
+        return {
+            weights.layer: weights for weights in weights_of(stage, self.writer.parts.model, self.writer.parts.plan)
+        }
 
     def _gathered(
         self, block: Block, stage: VirtualStage, weights: dict[int, Weights], layer: int, behind: Sequence[int] = ()
@@ -178,7 +178,7 @@ class PartBlocks:
         steps: list[int] = []
         block.at_layer = layer
         for expert in zero_stages(self.writer.parts.plan, at_least=3) if layer in weights else ():
-            unit = sharded_exchange(stage, weights[layer], self.writer.parts, expert=expert, operation="all_gather")
+            unit = self.writer.parts.sharding(stage, weights[layer], expert=expert, operation="all_gather")
             steps += block.add(Stream.SHARD, unit, behind) if unit is not None else []
         return steps
 
@@ -187,5 +187,5 @@ class PartBlocks:
         if block.passes == Pass.INPUT_GRADIENT or layer not in weights:
             return
         for expert in zero_stages(self.writer.parts.plan, at_least=2):
-            unit = sharded_exchange(stage, weights[layer], self.writer.parts, expert=expert, operation="reduce_scatter")
+            unit = self.writer.parts.sharding(stage, weights[layer], expert=expert, operation="reduce_scatter")
             block.add(Stream.SHARD, unit, block.gradients.get(layer, []))

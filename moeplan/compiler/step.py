@@ -1,11 +1,11 @@
-"""What is done once a step: weights in before the first forward pass, gradients out behind the last backward pass, optimizer.
+"""What is done once a step: weights in before the first forward pass, gradients out behind the last backward pass,
+optimizer.
 
-With `overlap_gradients` the weights of a layer come while layers before it compute, and gradients leave while layers before it
-are still in their backward pass; without, the gradients wait for the end of the passes, and the weights come last.
-ZeRO 0: all-reduce. ZeRO 1: reduce-scatter, and gather of what the optimizer wrote. ZeRO 2: only the gather is left to do here.
-ZeRO 3: neither.
-With two holders of each virtual stage (DualPipe) all goes in the order of the virtual stages, since the two holders meet
-their chunks in opposite orders.
+With `overlap_gradients` the weights of a layer come while layers before it compute, and gradients leave while layers
+before it are still in their backward pass; without, the gradients wait for the end of the passes, and the weights
+come last. ZeRO 0: all-reduce. ZeRO 1: reduce-scatter, and gather of what the optimizer wrote. ZeRO 2: only the gather
+is left to do here. ZeRO 3: neither. With two holders of each virtual stage (DualPipe) all goes in the order of the
+virtual stages, since the two holders meet their chunks in opposite orders.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from moeplan.compiler.blocks import Block
 from moeplan.compiler.passes import PartBlocks
-from moeplan.compiler.sharding import Weights, sharded_exchange, weights_of
-from moeplan.compiler.stages import VirtualStage
 from moeplan.domain.program import Pass, Stream
+from moeplan.partition.stages import VirtualStage
+from moeplan.partition.weights import Weights, weights_of
 
 
 @dataclass
@@ -29,7 +29,9 @@ class StepBlock:
 
 
 def opening(blocks: PartBlocks, chunks: list[int]) -> StepBlock:
-    """Gathers of weights, chunk by chunk in the order of their first use; empty unless they overlap the forward pass."""
+    """Gathers of weights, chunk by chunk in the order of their first use; empty unless they overlap the forward
+    pass.
+    """
     found = StepBlock()
     if blocks.writer.parts.plan.overlap_gradients:
         _gather(found, blocks, chunks)
@@ -41,13 +43,14 @@ def closing(blocks: PartBlocks, chunks: list[int]) -> StepBlock:
     parts, found = blocks.writer.parts, StepBlock()
     for chunk in chunks:
         stage = blocks.stage_of(chunk)
-        layers = [weights for weights in weights_of(stage, parts)]
-        for weights in reversed(layers):
+        for weights in reversed(list(weights_of(stage, parts.model, parts.plan))):
             for expert, zero in ((False, parts.plan.zero_dense), (True, parts.plan.zero_expert)):
                 operation = {0: "all_reduce", 1: "reduce_scatter"}.get(zero)
                 if operation:
                     _add(found, blocks, chunk, stage, weights, expert=expert, operation=operation)
-    update = found.block.add(Stream.COMPUTE, parts.optimizer(optimizer_share(blocks)), list(range(len(found.block.unit))))
+    update = found.block.add(
+        Stream.COMPUTE, parts.optimizer(optimizer_share(blocks)), list(range(len(found.block.unit)))
+    )
     if not parts.plan.overlap_gradients:
         start = len(found.block.unit)
         _gather(found, blocks, chunks)
@@ -64,7 +67,7 @@ def optimizer_share(blocks: PartBlocks) -> float:
     for chunk in range(parts.plan.vpp):
         stage = blocks.stage_of(chunk)
         for expert, zero in ((False, parts.plan.zero_dense), (True, parts.plan.zero_expert)):
-            held = sum(weights.count(expert=expert) for weights in weights_of(stage, parts))
+            held = sum(weights.count(expert=expert) for weights in weights_of(stage, parts.model, parts.plan))
             total += held / parts.replicas(stage.holders, expert=expert) if zero else held
     return total
 
@@ -73,16 +76,19 @@ def _gather(found: StepBlock, blocks: PartBlocks, chunks: list[int]) -> None:
     plan = blocks.writer.parts.plan
     for chunk in chunks:
         stage = blocks.stage_of(chunk)
-        for weights in sorted(weights_of(stage, blocks.writer.parts), key=lambda each: each.layer):
+        for weights in sorted(
+            weights_of(stage, blocks.writer.parts.model, blocks.writer.parts.plan), key=lambda each: each.layer
+        ):
             for expert, zero in ((False, plan.zero_dense), (True, plan.zero_expert)):
                 if zero in (1, 2):
                     _add(found, blocks, chunk, stage, weights, expert=expert, operation="all_gather")
 
 
 def _add(
-    found: StepBlock, blocks: PartBlocks, chunk: int, stage: VirtualStage, weights: Weights, *, expert: bool, operation: str
+    found: StepBlock, blocks: PartBlocks, chunk: int, stage: VirtualStage, weights: Weights, *, expert: bool,
+    operation: str,
 ) -> None:  # fmt: skip
-    unit = sharded_exchange(stage, weights, blocks.writer.parts, expert=expert, operation=operation)
+    unit = blocks.writer.parts.sharding(stage, weights, expert=expert, operation=operation)
     found.block.at_layer = weights.layer
     for step in found.block.add(Stream.SHARD, unit, []):
         found.for_layer[step] = (chunk, weights.layer)

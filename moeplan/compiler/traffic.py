@@ -25,7 +25,9 @@ class Pattern:
     share_F: Floats
     paths_FH: IntArray
     delay_s_F: Floats
-    """The latency of the path and a message's overhead, as often as the wave has steps. A phase waits for its longest."""
+    """The latency of the path and a message's overhead, as often as the wave has steps. A phase waits for its
+    longest.
+    """
 
 
 def pattern_key(exchange: Exchange) -> tuple[object, ...]:

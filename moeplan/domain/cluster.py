@@ -170,11 +170,13 @@ class Cluster:
 
     @property
     def can_bind_K(self) -> NDArray[np.bool_]:
-        """Which links can hold a flow up: not a leaf's pipe that is as wide as all its NICs together, which hold it up before."""
+        """Which links can hold a flow up: not a leaf's pipe that is as wide as all its NICs together, which hold it
+        up before.
+        """
         binds = np.ones(self.num_links, dtype=bool)
-        if isinstance(self.fabric, Leaves) and self.spec.fabric is not None:
-            if (self.spec.fabric.oversubscription or 1.0) <= 1:
-                binds[self.num_links - 2 * self.fabric.num_pipes :] = False
+        fabric = self.spec.fabric
+        if isinstance(self.fabric, Leaves) and fabric is not None and (fabric.oversubscription or 1.0) <= 1:
+            binds[self.num_links - 2 * self.fabric.num_pipes :] = False
         return binds
 
     def graph(self) -> nx.DiGraph[str]:

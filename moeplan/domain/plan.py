@@ -8,7 +8,6 @@ from pydantic import ConfigDict, Field, model_validator
 
 from moeplan.domain._frozen import Frozen
 
-SCHEMA = "moeplan.plan/v1"
 Degree = Annotated[int, Field(ge=1, le=10**7)]
 ZeroStage = Annotated[int, Field(ge=0, le=3)]
 Dtype = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4"]
@@ -48,8 +47,8 @@ class Precision(Frozen):
 class Capacity(Frozen):
     """What happens to the tokens of an overloaded expert.
 
-    dropless: nothing. drop: tokens beyond `factor` times the mean load are dropped. pad: also, and every expert is padded
-    to that number. pad_to_max: nothing is dropped, every expert is padded to the largest load.
+    dropless: nothing. drop: tokens beyond `factor` times the mean load are dropped. pad: also, and every expert is
+    padded to that number. pad_to_max: nothing is dropped, every expert is padded to the largest load.
     """
 
     rule: CapacityRule = "dropless"
@@ -66,7 +65,8 @@ class Capacity(Frozen):
 
 
 class Plan(Frozen):
-    """Every decision. `dp * tp * cp * pp` GPUs hold the dense part, `edp * ep * etp * pp` the same GPUs hold the experts.
+    """Every decision. `dp * tp * cp * pp` GPUs hold the dense part, `edp * ep * etp * pp` the same GPUs hold the
+    experts.
 
     `stages[v]` counts the layers of virtual stage v in model order; the embedding stands before the first of them, the
     multi-token-prediction layers, the head and the loss after the last. Sequence parallelism always goes with `tp`: it
@@ -75,7 +75,7 @@ class Plan(Frozen):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    schema_version: Literal["moeplan.plan/v1"] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal["moeplan.plan/v1"] = Field(default="moeplan.plan/v1", alias="schema")
     dp: Degree
     tp: Degree = 1
     pp: Degree = 1

@@ -43,7 +43,9 @@ class Pass(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """One kernel on one GPU, as a cost model sees it. `rows x depth` times `depth x columns`, `batch` times, or no GEMM."""
+    """One kernel on one GPU, as a cost model sees it. `rows x depth` times `depth x columns`, `batch` times, or no
+    GEMM.
+    """
 
     name: str
     kind: str
@@ -70,9 +72,9 @@ class Work:
 class Exchange:
     """What one communication task moves, for all the groups of ranks that do it at the same time.
 
-    all_to_all: `size_bytes * share_GG[i, j]` goes from member i to member j of every group (no matrix: equal shares, 1/G).
-    all_gather, reduce_scatter, all_reduce: `size_bytes` is the whole, gathered or unreduced, buffer of one member.
-    send: from member 0 to member 1.
+    all_to_all: `size_bytes * share_GG[i, j]` goes from member i to member j of every group (no matrix: equal shares,
+    1/G). all_gather, reduce_scatter, all_reduce: `size_bytes` is the whole, gathered or unreduced, buffer of one
+    member. send: from member 0 to member 1.
     """
 
     kind: str
@@ -96,8 +98,9 @@ class Phase:
 class Wave:
     """Transfers that run together, F of them: what a dish of the `collectives` menu makes of an exchange of one byte.
 
-    `steps` latencies pass before the bytes flow: a ring of n ranks pays n - 1 of them. `group_F` is the row of `groups_NG`.
-    Transfers of one `bundle_F` go at one pace, that of the slowest: the hops of a ring, each of which passes on what came.
+    `steps` latencies pass before the bytes flow: a ring of n ranks pays n - 1 of them. `group_F` is the row of
+    `groups_NG`. Transfers of one `bundle_F` go at one pace, that of the slowest: the hops of a ring, each of which
+    passes on what came.
     """
 
     source_F: Ints
@@ -110,7 +113,9 @@ class Wave:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rendezvous:
-    """One exchange between lanes that must all arrive before it starts. The same exchange in other lanes is another one."""
+    """One exchange between lanes that must all arrive before it starts. The same exchange in other lanes is another
+    one.
+    """
 
     exchange: int
     lanes: tuple[int, ...]
@@ -121,8 +126,9 @@ class Rendezvous:
 class Flows:
     """Flows that must get the same rate, as one class each, on links that must be loaded alike, as one class each.
 
-    A flow is a bundle of transfers at one pace. Exact by colour refinement: the flows of class c cross any one link of class k
-    `crossing_CK[c, k]` times. Each transfer of class c moves `share_C[c]` times the `size_bytes` of its exchange.
+    A flow is a bundle of transfers at one pace. Exact by colour refinement: the flows of class c cross any one link
+    of class k `crossing_CK[c, k]` times. Each transfer of class c moves `share_C[c]` times the `size_bytes` of its
+    exchange.
     """
 
     share_C: Floats

@@ -1,4 +1,6 @@
-"""A scenario: a model on a cluster under a workload and a routing law, and what may be chosen. The only input there is."""
+"""A scenario: a model on a cluster under a workload and a routing law, and what may be chosen. The only input there
+is.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Choices(Frozen):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """Everything that is given. `document` is the resolved, self-contained text it was built from, with every source."""
+    """Everything that is given. `document` is the resolved, self-contained text it was built from, with every
+    source.
+    """
 
     name: str
     cluster: Cluster

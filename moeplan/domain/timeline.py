@@ -34,7 +34,9 @@ class Timeline:
         return self.program.step_tokens / self.step_s / self.program.num_gpus
 
     def mfu(self, peak_flops_per_s: float) -> float:
-        """Model FLOPs of the step (recomputation left out) over what all GPUs could do in that time (PaLM, appendix B)."""
+        """Model FLOPs of the step (recomputation left out) over what all GPUs could do in that time (PaLM, appendix
+        B).
+        """
         return self.program.model_flops / (self.step_s * self.program.num_gpus * peak_flops_per_s)
 
     def tasks_of(self, lane: int, stream: Stream) -> Ints:

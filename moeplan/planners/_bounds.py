@@ -1,10 +1,12 @@
 """Lower bounds of the step time, for all plans of a branch at once: no plan can be simulated faster.
 
-U rows of a branch (micro-batch, recomputation, algorithm, overlap), K kinds of layer, V virtual stages, P pipeline ranks.
+U rows of a branch (micro-batch, recomputation, algorithm, overlap), K kinds of layer, V virtual stages, P pipeline
+ranks.
 
-A pipeline rank works through its passes one after another: its first waits for one micro-batch to come through the stages before
-it (fill), its last is followed by the passes that other ranks still have to do (drain), and each pass takes at least its
-chain. Wires are priced as if nothing else used them, at position 0 of a stage; that position's groups are as late as anyone's.
+A pipeline rank works through its passes one after another: its first waits for one micro-batch to come through the
+stages before it (fill), its last is followed by the passes that other ranks still have to do (drain), and each pass
+takes at least its chain. Wires are priced as if nothing else used them, at position 0 of a stage; that position's
+groups are as late as anyone's.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
 from moeplan import menu
-from moeplan.compiler.route import Load
 from moeplan.domain.model import Layer
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats, Ints
 from moeplan.domain.scenario import Scenario
+from moeplan.partition.route import Load
 from moeplan.planners._chains import Chain, Exchanges, backward, forward, weights
 from moeplan.planners._groups import Grid, cheapest, grid_of, send_wire, uneven_wires
 from moeplan.planners._pairs import Pairs
@@ -35,7 +37,9 @@ _F, _B, _I, _W = range(4)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
-    """Least seconds of the passes through each virtual stage, [V, U]: chains of F, B, I; W; and what a pair can hide."""
+    """Least seconds of the passes through each virtual stage, [V, U]: chains of F, B, I; W; and what a pair can
+    hide.
+    """
 
     forward: Floats
     backward: Floats
@@ -54,10 +58,14 @@ class Passes:
         return np.minimum(self.backward, self.input_gradient + self.weight_gradient)
 
     def pair_s(self, forward: int, backward: int) -> Floats:
-        """[U]: at least a slot of F of one virtual stage and B of another: each chain, all computation, all exchanges."""
+        """[U]: at least a slot of F of one virtual stage and B of another: each chain, all computation, all
+        exchanges.
+        """
         alone = np.maximum(self.forward[forward], self.backward[backward])
         busy = self.busy_forward[forward] + self.busy_backward[backward]
-        return np.asarray(np.maximum(np.maximum(alone, busy), self.sent_forward[forward] + self.sent_backward[backward]))
+        return np.asarray(
+            np.maximum(np.maximum(alone, busy), self.sent_forward[forward] + self.sent_backward[backward])
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +83,9 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chains:
-    """Of each kind of layer, stacked [K, U]: the chains of the passes, seconds of W, and [end, pass, U] of the model's ends."""
+    """Of each kind of layer, stacked [K, U]: the chains of the passes, seconds of W, and [end, pass, U] of the
+    model's ends.
+    """
 
     by_pass: dict[str, Chain]
     weights: Floats
@@ -85,9 +95,11 @@ class Chains:
     exchanges: list[Exchanges]
 
     def seconds(self, kind: int, name: str, passes: int) -> Floats | None:
-        """[U] of a work or an exchange of a kind of layer, or of an end of the model (kind -1); None: taken for nothing."""
+        """[U] of a work or an exchange of a kind of layer, or of an end of the model (kind -1); None: taken for
+        nothing.
+        """
         if name in ("embedding", "head", "mtp"):
-            return self.ends[("embedding", "head", "mtp").index(name), passes]
+            return np.asarray(self.ends[("embedding", "head", "mtp").index(name), passes])
         exchange = {"dispatch": "dispatch_hottest"}.get(name, name)
         if exchange in Exchanges.__dataclass_fields__:
             found: Floats = getattr(self.exchanges[kind], exchange)
@@ -118,7 +130,7 @@ class Bounds:
         """[U]: of all passes, without what is done once a step."""
         passes = self.passes(branch)
         fill, work, drain = self.ranks_s(branch, passes)
-        return (fill + work + drain).max(axis=0)
+        return np.asarray((fill + work + drain).max(axis=0))
 
     def ranks_s(self, branch: Branch, passes: Passes, *, closely: bool = False) -> tuple[Floats, Floats, Floats]:
         """[P, U]: when each pipeline rank can start, how long it works, and what must follow its last pass.
@@ -147,11 +159,18 @@ class Bounds:
         return backward[held[end[1]]] if end[0] in "BI" else np.zeros_like(backward[0])
 
     def _work_s(
-        self, passes: Passes, rank: int, branch: Branch, microbatches: Floats, pairs: tuple[float, float], *, closely: bool
+        self,
+        passes: Passes,
+        rank: int,
+        branch: Branch,
+        microbatches: Floats,
+        pairs: tuple[float, float],
+        *,
+        closely: bool,
     ) -> Floats:
         stages = list(self.shape(branch.layout).virtual[rank])
         if not self.training:
-            return microbatches * passes.forward[stages].sum(axis=0)
+            return np.asarray(microbatches * passes.forward[stages].sum(axis=0))
         once = passes.forward[stages] + passes.any_backward[stages]
         if branch.layout.copies == 1:
             return np.asarray(microbatches * once.sum(axis=0))
@@ -176,7 +195,9 @@ class Bounds:
     # ---- passes through stages
 
     def passes(self, branch: Branch) -> Passes:
-        """The chains of every virtual stage: its layers, the embedding before the first, head and predictions after the last."""
+        """The chains of every virtual stage: its layers, the embedding before the first, head and predictions after
+        the last.
+        """
         shape = self.shape(branch.layout)
         chains = self.chains(branch)
         out: dict[str, Floats] = {}
@@ -200,8 +221,9 @@ class Bounds:
         hop, size = send_wire(self.prices, branch.layout), self._send_bytes(branch)
         hop_U = (hop.latency_s + hop.per_byte_s * size) if len(shape.virtual) > 1 else np.zeros_like(size)
         return Passes(
-            forward=out["forward"], backward=out["backward"], input_gradient=out["input_gradient"], weight_gradient=gradient,
-            busy_forward=out["busy_forward"], busy_backward=out["busy_backward"], sent_forward=out["sent_forward"],
+            forward=out["forward"], backward=out["backward"], input_gradient=out["input_gradient"],
+            weight_gradient=gradient, busy_forward=out["busy_forward"], busy_backward=out["busy_backward"],
+            sent_forward=out["sent_forward"],
             sent_backward=out["sent_backward"], hop=hop_U,
         )  # fmt: skip
 
@@ -221,16 +243,20 @@ class Bounds:
             kinds, of_layer, extra = self.prices.kinds
             bounds = np.cumsum([0, *layout.stages])
             counts = np.zeros((len(layout.stages), len(kinds)))
-            for stage, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for stage, (start, end) in enumerate(pairwise(bounds)):
                 counts[stage] = np.bincount(of_layer[start:end], minlength=len(kinds))
             machine = menu.module("schedules", layout.schedule)
             virtual = tuple(
-                tuple(machine.virtual_stage(rank, c, num_stages=layout.pp, num_chunks=layout.vpp) for c in range(layout.vpp))
+                tuple(
+                    machine.virtual_stage(rank, c, num_stages=layout.pp, num_chunks=layout.vpp)
+                    for c in range(layout.vpp)
+                )
                 for rank in range(layout.pp)
             )
             trained = self.training and self.scenario.workload.train_mtp
             self._shapes[key] = Shape(
-                counts_VK=counts, kinds_V=tuple(of_layer[a:b] for a, b in zip(bounds, bounds[1:], strict=False)), first_V=np.array([of_layer[b] for b in bounds[:-1]]),
+                counts_VK=counts, kinds_V=tuple(of_layer[a:b] for a, b in pairwise(bounds)),
+                first_V=np.array([of_layer[b] for b in bounds[:-1]]),
                 last_V=np.array([of_layer[b - 1] for b in bounds[1:]]), extra=extra if trained else (), virtual=virtual,
             )  # fmt: skip
         return self._shapes[key]
@@ -277,7 +303,9 @@ class Bounds:
                 built[name].append(_where(full, onward.then(chain), chain))
             parts = _spread(np.array(branch.overlap_degree)[None, None, None, :], sizes)
             gradient.append(weights(cost[_W], parts=parts))
-        ends = np.array([[_spread(ends_MREP[:, :, None, None, e, p], sizes) for p in range(4)] for e in range(len(ENDS))])
+        ends = np.array(
+            [[_spread(ends_MREP[:, :, None, None, e, p], sizes) for p in range(4)] for e in range(len(ENDS))]
+        )
         return Chains(
             by_pass={name: _stacked(chains) for name, chains in built.items()}, weights=np.array(gradient), ends=ends,
             costs=costs, exchanges=exchanges,

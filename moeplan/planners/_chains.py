@@ -1,8 +1,8 @@
 """The least time of one layer's pass: its tasks in the order of `compiler/blocks.py`, on wires that nothing else uses.
 
 All quantities are arrays over the plans that are bounded together. `span` is from when the layer's input is there to
-when its output is; `lead` is the exchange before the first computation and `trail` the one behind the last, which a neighbouring
-pass of the same stage may hide; `busy` is computation alone, `sent` what the expert stream does.
+when its output is; `lead` is the exchange before the first computation and `trail` the one behind the last, which a
+neighbouring pass of the same stage may hide; `busy` is computation alone, `sent` what the expert stream does.
 """
 
 from __future__ import annotations
@@ -47,8 +47,12 @@ class Chain:
         )  # fmt: skip
 
 
-def forward(cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_experts: bool, has_dense: bool, parts: int) -> Chain:
-    """Mixer; then dense block, or router, exchange, experts, exchange, merge. `cost` is by the names of `_prices.WORKS`."""
+def forward(
+    cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_experts: bool, has_dense: bool, parts: int
+) -> Chain:
+    """Mixer; then dense block, or router, exchange, experts, exchange, merge. `cost` is by the names of
+    `_prices.WORKS`.
+    """
     zero = np.zeros_like(x.tensor)
     lead = x.tensor + x.context if has_mixer else x.tensor if has_dense else zero
     span = x.tensor + x.context + cost["mixer"] + x.tensor if has_mixer else zero
@@ -64,7 +68,9 @@ def forward(cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_exper
     return Chain(span=span, lead=lead, trail=zero, busy=busy, sent=sent)
 
 
-def backward(cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_experts: bool, has_dense: bool, parts: int) -> Chain:
+def backward(
+    cost: dict[str, Floats], x: Exchanges, *, has_mixer: bool, has_experts: bool, has_dense: bool, parts: int
+) -> Chain:
     """The mirror image: merge, exchange, experts, exchange, router; or dense block; then mixer."""
     zero = np.zeros_like(x.tensor)
     span, busy, sent, lead = zero, zero, zero, zero

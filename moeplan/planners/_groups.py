@@ -7,7 +7,7 @@ from math import lcm
 from typing import NamedTuple
 
 from moeplan.domain.cluster import Cluster
-from moeplan.compiler.route import Load
+from moeplan.partition.route import Load
 from moeplan.planners._prices import Prices, Wire, hottest
 from moeplan.planners._space import Layout
 
@@ -58,7 +58,9 @@ def _ranks(grid: Grid, axis: str, stage: int) -> tuple[int, ...]:
 
 
 def _offsets(grid: Grid, cluster: Cluster) -> list[int]:
-    """Stages whose GPUs lie differently among nodes and leaves; every stage where that cannot be told from the offset."""
+    """Stages whose GPUs lie differently among nodes and leaves; every stage where that cannot be told from the
+    offset.
+    """
     fabric = cluster.spec.fabric
     if fabric is None or fabric.kind == "torus":
         return list(range(min(grid.pp, 16 if fabric else grid.pp)))
@@ -68,9 +70,18 @@ def _offsets(grid: Grid, cluster: Cluster) -> list[int]:
 
 def cheapest(prices: Prices, grid: Grid, axis: str, algorithm: str = "ring") -> Wire:
     """The least latency and the least seconds per byte of the group along an axis in any stage."""
-    key = ("cheapest", positions(grid, axis), grid.block, grid.pp, grid.copies if axis in ("dense", "edp") else 1, algorithm)
+    key = (
+        "cheapest",
+        positions(grid, axis),
+        grid.block,
+        grid.pp,
+        grid.copies if axis in ("dense", "edp") else 1,
+        algorithm,
+    )
     if key not in prices.cache:
-        prices.cache[key] = _least([_wire(prices, grid, axis, stage, algorithm) for stage in _offsets(grid, prices.scenario.cluster)])
+        prices.cache[key] = _least(
+            [_wire(prices, grid, axis, stage, algorithm) for stage in _offsets(grid, prices.scenario.cluster)]
+        )
     return prices.cache[key]  # type: ignore[return-value]
 
 
@@ -100,8 +111,9 @@ def send_wire(prices: Prices, layout: Layout) -> Wire:
 
 def uneven_wires(prices: Prices, grid: Grid, algorithm: str, load: Load, moe: int) -> tuple[Wire, Wire, Wire]:
     """Dispatch until all are done, dispatch until the hottest place has its own, and combine, at the cheapest stage."""
-    tokens, share_GG = load.traffic(moe)
-    assert share_GG is not None
+    share_GG = load.traffic(moe)[1]
+    if share_GG is None:
+        return (cheapest(prices, grid, "ep", algorithm),) * 3
     key = ("uneven", positions(grid, "ep"), grid.block, grid.pp, algorithm, moe, share_GG.tobytes())
     if key not in prices.cache:
         place = hottest(load, moe)

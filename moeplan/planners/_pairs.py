@@ -1,6 +1,7 @@
 """The least time of a slot of two passes: both blocks merged as the compiler merges them, every stream in its order.
 
-The longest path from the first computation of the slot to its last, on wires that nothing else uses, for all rows at once.
+The longest path from the first computation of the slot to its last, on wires that nothing else uses, for all rows at
+once.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from moeplan.compiler.blocks import NO_LAYER, Block, Writer
 from moeplan.compiler.layout import merged
 from moeplan.compiler.parts import Parts
 from moeplan.compiler.passes import PartBlocks
-from moeplan.compiler.stages import pipeline
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats, Stream
+from moeplan.partition.stages import pipeline
 from moeplan.planners._space import Branch
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class Pairs:
         self._spans: dict[tuple[object, ...], Floats] = {}
 
     def paths_s(self, branch: Branch, rank: int, forward: int, backward: int, *, begin: int) -> Floats:
-        """[2, U]: least seconds from the beginning of F of chunk `forward` (`begin` 0) or of B of `backward` (1) to the end of each."""
+        """[2, U]: least seconds from the beginning of F of chunk `forward` (`begin` 0) or of B of `backward` (1) to
+        the end of each.
+        """
         chains = self.bounds.chains(branch)
         shape = self.bounds.shape(branch.layout)
         virtual = shape.virtual[rank][forward], shape.virtual[rank][backward]
@@ -76,7 +79,8 @@ class Pairs:
         if key not in self._slots:
             plan = Plan(
                 dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
-                rank_order=layout.rank_order, schedule=layout.schedule, stages=layout.stages, zero_dense=0, zero_expert=0,
+                rank_order=layout.rank_order, schedule=layout.schedule, stages=layout.stages, zero_dense=0,
+                zero_expert=0,
                 recompute="full" if how[0] else "none", overlap_degree=how[1],
                 precision=self.bounds.scenario.choices.precision,
             )  # fmt: skip
@@ -103,7 +107,10 @@ class Pairs:
             if stream in last:
                 follows[at].add(last[stream])
             last[stream] = at
-        computing = [place[np.flatnonzero(np.array(b.stream) == Stream.COMPUTE)] for b, place in zip(pair, columns.place, strict=True)]
+        computing = [
+            place[np.flatnonzero(np.array(b.stream) == Stream.COMPUTE)]
+            for b, place in zip(pair, columns.place, strict=True)
+        ]
         return Slot(
             names=tuple(names), follows=tuple(tuple(sorted(each)) for each in follows),
             first=(int(computing[0][0]), int(computing[1][0])), last=(int(computing[0][-1]), int(computing[1][-1])),
@@ -126,7 +133,9 @@ class Pairs:
 def _longest(
     slot: Slot, chains: Chains, rows: np.ndarray[tuple[int], np.dtype[np.int64]], start: int
 ) -> tuple[Floats | float, Floats | float]:
-    """[rows]: from the beginning of step `start` to the end of the last computing step of each block; 0 if it is not behind."""
+    """[rows]: from the beginning of step `start` to the end of the last computing step of each block; 0 if it is not
+    behind.
+    """
     alone = len(rows) == 1
     known: dict[Name, Floats | float] = {}
     for name in set(slot.names):
@@ -138,7 +147,7 @@ def _longest(
         begin: Floats | float | None = 0.0 if at == start else None
         for each in slot.follows[at]:
             if each in ends:
-                begin = ends[each] if begin is None else largest(begin, ends[each])  # type: ignore[operator]
+                begin = ends[each] if begin is None else largest(begin, ends[each])
         if begin is not None:
             ends[at] = begin + known[slot.names[at]]
     first, second = (ends.get(last, 0.0) for last in slot.last)

@@ -1,6 +1,7 @@
 """What the parts of a plan cost, each looked up once: works by the cost model, exchanges by their busiest wire.
 
-Axes: K kinds of layer (equal layers are one; under uneven routing each layer with experts is its own), W works, P passes.
+Axes: K kinds of layer (equal layers are one; under uneven routing each layer with experts is its own), W works, P
+passes.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from functools import cached_property
 
 import numpy as np
 
-from moeplan.compiler.parts import Parts, Tokens
-from moeplan.compiler.route import Load, load_of
+from moeplan.compiler.parts import Parts
 from moeplan.compiler.traffic import Pattern, expand
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.model import Layer
-from moeplan.domain.plan import DTYPE_BYTES, Plan
+from moeplan.domain.plan import DTYPE_BYTES, Capacity, Plan
 from moeplan.domain.program import Exchange, Floats, Pass
 from moeplan.domain.scenario import Scenario
+from moeplan.partition.route import Load, Tokens, load_of
 
 WORKS = ("mixer", "router", "dense", "shared", "merge")
 ENDS = ("embedding", "head", "prediction")
@@ -54,11 +55,16 @@ class Prices:
 
     @cached_property
     def is_even(self) -> bool:
-        """Whether routing is even, judged where it could be least: with the largest expert-parallel group."""
+        """Whether routing is even, judged where it could be least: with the largest expert-parallel group.
+
+        And before tokens are dropped: what evens out many tokens leaves few uneven.
+        """
         if self.scenario.routing is None:
             return True
         experts = min(layer.experts.num_experts for layer in self.scenario.model.all_layers if layer.experts)
-        load = load_of(self.scenario, self._plan(ep=experts), rank_tokens=4096)
+        capacity = self.scenario.choices.capacity
+        kept = Capacity() if capacity.rule == "drop" else capacity
+        load = load_of(self.scenario, self._plan(ep=experts, capacity=kept), rank_tokens=4096)
         return load is None or load.is_even
 
     @cached_property
@@ -85,7 +91,12 @@ class Prices:
 
     def _plan(self, **degrees: object) -> Plan:
         choices = self.scenario.choices
-        given: dict[str, object] = {"dp": 1, "stages": (1,), "precision": choices.precision, "capacity": choices.capacity}
+        given: dict[str, object] = {
+            "dp": 1,
+            "stages": (1,),
+            "precision": choices.precision,
+            "capacity": choices.capacity,
+        }
         return Plan(**(given | degrees))  # type: ignore[arg-type]
 
     # ---- works
@@ -148,8 +159,8 @@ class Prices:
     def experts(self, plan: Plan, load: Load | None, *, recompute: str, parts: int) -> Floats:
         """Seconds [kind, which, pass] of the experts on the smallest of `parts` parts, at two places.
 
-        0: the place that gets most of the layer; everyone waits for it. 1: one place for all layers, the one that gets most
-        in all; what it computes, one GPU computes.
+        0: the place that gets most of the layer; everyone waits for it. 1: one place for all layers, the one that
+        gets most in all; what it computes, one GPU computes.
         """
         tokens = Tokens.of(plan, self.scenario.workload).rank
         key = ("experts", plan.ep, plan.etp, tokens, parts, recompute == "selective")
@@ -172,7 +183,9 @@ class Prices:
         return table
 
     def optimizer_s(self, parameters: Floats) -> Floats:
-        """Seconds of the update, which is bound by memory: a part that grows with the weights, never less than a launch."""
+        """Seconds of the update, which is bound by memory: a part that grows with the weights, never less than a
+        launch.
+        """
         parts = self._parts(self._plan(), None)
         per_weight = self._seconds(parts, parts.optimizer(1e12)) / 1e12
         return np.maximum(parameters * per_weight, self.cost_model.gpu.kernel_launch_s)
@@ -194,15 +207,19 @@ class Prices:
     def _wire(self, operation: str, algorithm: str, members: tuple[int, ...]) -> Wire:
         key = ("wire", operation, algorithm, members)
         if key not in self.cache:
-            self.cache[key] = Wire(latency_s=0.0, per_byte_s=0.0) if len(members) == 1 else self._load_wire(
-                operation, algorithm, members, None
-            )[0]
+            self.cache[key] = (
+                Wire(latency_s=0.0, per_byte_s=0.0)
+                if len(members) == 1
+                else self._load_wire(operation, algorithm, members, None)[0]
+            )
         return self.cache[key]  # type: ignore[return-value]
 
     def uneven(
         self, members: tuple[int, ...], algorithm: str, share_GG: Floats, *, place: int
     ) -> tuple[Wire, Wire, Wire]:
-        """All-to-alls with these shares: out until all are done, out until `place` has its own, and back until all are done."""
+        """All-to-alls with these shares: out until all are done, out until `place` has its own, and back until all
+        are done.
+        """
         out = self._load_wire("all_to_all", algorithm, members, share_GG, hottest=members[place])
         back = self._load_wire("all_to_all", algorithm, members, np.ascontiguousarray(share_GG.T))
         return (*out, back[0])
@@ -217,7 +234,9 @@ class Prices:
         pattern = expand(exchange, self.scenario.cluster)
         everyone = np.ones(len(pattern.source_F), bool)
         mine = (pattern.source_F == hottest) | (pattern.target_F == hottest)
-        return self._busiest(pattern, everyone), self._busiest(pattern, mine | (pattern.phase_F < pattern.phase_F.max()))
+        return self._busiest(pattern, everyone), self._busiest(
+            pattern, mine | (pattern.phase_F < pattern.phase_F.max())
+        )
 
     def _busiest(self, pattern: Pattern, chosen_F: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Wire:
         """Over the phases: their latency and the busiest link of the chosen transfers."""

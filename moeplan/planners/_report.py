@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from moeplan.compiler import footprint
 from moeplan.domain.result import Evaluated, PlanResult, RunnerUp
+from moeplan.partition import footprint
 from moeplan.planners._search import Search, Tried
 
 _SHOWN = 8
-_WORDS = {"dense_compute": "dense computation", "expert_compute": "expert computation", "exposed_all_to_all": "waiting for all-to-all"}
+_WORDS = {
+    "dense_compute": "dense computation",
+    "expert_compute": "expert computation",
+    "exposed_all_to_all": "waiting for all-to-all",
+}
 
 
 def result_of(search: Search, *, planner: str) -> PlanResult:
     """What `search` found. It must have found something."""
-    assert search.best is not None and search.timeline is not None
+    assert search.best is not None
+    assert search.timeline is not None
     scenario, best, timeline = search.scenario, search.best, search.timeline
     memory = footprint.footprint(best.plan, scenario)
     peak = scenario.cluster.gpu.peak_flops_per_s[best.plan.precision.compute]
@@ -51,10 +56,12 @@ def evaluated(search: Search) -> Evaluated:
 def runners_up(search: Search) -> list[RunnerUp]:
     """The simulated ones, then those that their closer bound ruled out, and the fastest that does not fit."""
     assert search.best is not None
-    best, found = search.best, []
-    for tried in sorted(search.tried, key=lambda each: each.step_s):
-        if tried is not best:
-            found.append(RunnerUp(plan=tried.plan, lower_bound_s=tried.bound_s, step_s=tried.step_s, reason=_why(tried, best)))
+    best = search.best
+    found = [
+        RunnerUp(plan=tried.plan, lower_bound_s=tried.bound_s, step_s=tried.step_s, reason=_why(tried, best))
+        for tried in sorted(search.tried, key=lambda each: each.step_s)
+        if tried is not best
+    ]
     known = [tried.plan for tried in search.tried]
     for bound_s, plan in sorted(search.bounded, key=lambda each: each[0]):
         if plan not in known:

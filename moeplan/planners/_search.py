@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moeplan.compiler import footprint
 from moeplan.compiler.compile_plan import compile_plan
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.causes import breakdown_s
@@ -17,6 +16,7 @@ from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import InfeasibleError
+from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
 from moeplan.planners._space import Branch, Space
 from moeplan.planners._step import StepBounds
@@ -26,8 +26,8 @@ Progress = Callable[[str, float, float], None]
 _ROUNDING = 1e-9
 """Bounds and simulation add the same numbers in another order."""
 EFFORT_TASKS, EFFORT_PLANS = 150_000, 3
-"""Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an amount of
-work, not of time, so that the answer is the same anywhere."""
+"""Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an
+amount of work, not of time, so that the answer is the same anywhere."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
 
@@ -65,7 +65,9 @@ class Tried:
 
 @dataclass
 class Search:
-    """One run of the search. `best` and `timeline` are of the best plan found, `lower_bound_s` of all that is left and found."""
+    """One run of the search. `best` and `timeline` are of the best plan found, `lower_bound_s` of all that is left
+    and found.
+    """
 
     space: Space
     gap: float | None
@@ -100,7 +102,9 @@ class Search:
         return min(self.front_s, self.best.step_s)
 
     def run(self) -> None:
-        """Until the best plan is proven, the time is over, or nothing is left. Raises InfeasibleError if nothing fits."""
+        """Until the best plan is proven, the time is over, or nothing is left. Raises InfeasibleError if nothing
+        fits.
+        """
         started = time.monotonic()
         self._bound_branches()
         while self._queue:
@@ -117,7 +121,9 @@ class Search:
         self.proven = self.front_s >= self.best.step_s * (1 - _ROUNDING)
 
     def unresolved(self) -> int:
-        """Plans whose bound is below the best step found and that were not simulated, counted where branches are open."""
+        """Plans whose bound is below the best step found and that were not simulated, counted where branches are
+        open.
+        """
         assert self.best is not None
         total = 0
         for entry in self._queue:
@@ -182,7 +188,10 @@ class Search:
             return self.space.plan(branch, int(np.ravel_multi_index(index, sizes)))
 
         staying = np.array(
-            [[footprint.states(plan(0, 0, 0, 0, d, e, 0), self.scenario).total_P for e in range(sizes[5])] for d in range(sizes[4])]
+            [
+                [footprint.states(plan(0, 0, 0, 0, d, e, 0), self.scenario).total_P for e in range(sizes[5])]
+                for d in range(sizes[4])
+            ]
         )
         found = np.full(sizes[:6], np.inf)
         if staying.max(axis=2).min() > usable:
@@ -229,15 +238,15 @@ class Search:
 def no_layout(space: Space) -> str:
     """Why there is not a single legal plan."""
     scenario = space.scenario
-    return (
-        f"{scenario.name}: no layout of {scenario.cluster.num_gpus} GPUs divides heads, experts, layers and a global batch "
-        f"of {scenario.workload.global_batch} under `choose`; widen choose or use a batch divisible by more numbers"
-    )
+    gpus, batch = scenario.cluster.num_gpus, scenario.workload.global_batch
+    found = f"no layout of {gpus} GPUs divides heads, experts, layers and a global batch of {batch} under `choose`"
+    return f"{scenario.name}: {found}; widen choose or use a batch divisible by more numbers"
 
 
 def no_time(search: Search) -> str:
     """That the time was too short, which says nothing about the scenario."""
-    return f"{search.scenario.name}: no plan was simulated within {search.time_limit_s} s; use a longer time limit or narrow choose"
+    found = f"no plan was simulated within {search.time_limit_s} s"
+    return f"{search.scenario.name}: {found}; use a longer time limit or narrow choose"
 
 
 def nothing_fits(search: Search) -> str:

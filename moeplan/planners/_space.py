@@ -1,4 +1,5 @@
-"""Every plan that a scenario allows, as columns of whole numbers: what a planner searches, and what a certificate speaks of.
+"""Every plan that a scenario allows, as columns of whole numbers: what a planner searches, and what a certificate
+speaks of.
 
 Degrees multiply to the number of GPUs; lists of what is not a degree come from the scenario's `choose`, else from the
 defaults below. A combination that could not be told from another one is left out: an algorithm or an order that
@@ -13,15 +14,16 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from itertools import product
 from math import lcm
+from typing import Any
 
 import numpy as np
 
 from moeplan import menu
-from moeplan.compiler.ranks import groups, ranks_of_stage
 from moeplan.domain.model import Model
 from moeplan.domain.plan import Arbitration, Plan, RankOrder
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import PlanError
+from moeplan.partition.ranks import groups, ranks_of_stage
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CHUNKS = (2, 3, 4, 6, 8)
@@ -99,7 +101,7 @@ class Space:
         """Plan number `index` of a branch."""
         where = np.unravel_index(index, [len(values) for values in branch.lists])
         names = ("micro_batch", "recompute", "all_to_all", "overlap_degree", "zero_dense", "zero_expert", "arbitration")
-        chosen = {name: values[at] for name, values, at in zip(names, branch.lists, where, strict=True)}
+        chosen: dict[str, Any] = {name: values[at] for name, values, at in zip(names, branch.lists, where, strict=True)}
         layout, choices = branch.layout, self.scenario.choices
         return Plan(
             dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
@@ -215,9 +217,9 @@ def _expert_degrees(scenario: Scenario, stage_size: int) -> Iterator[tuple[int, 
     for ep, etp in product(_divisors(stage_size), repeat=2):
         if stage_size % (ep * etp) or not (_allowed(choices.ep, ep) and _allowed(choices.etp, etp)):
             continue
-        if experts and all(e.num_experts % ep == 0 and e.width % etp == 0 for e in experts):
-            yield ep, etp
-        elif not experts and (ep, etp) == (1, 1):
+        if (experts and all(e.num_experts % ep == 0 and e.width % etp == 0 for e in experts)) or (
+            not experts and (ep, etp) == (1, 1)
+        ):
             yield ep, etp
 
 
@@ -295,7 +297,9 @@ def layer_flops(model: Model, sequence: int, train_mtp: bool) -> tuple[int, ...]
     head = sum(o.flops for o in model.head_operators(tokens=sequence))
     flops[-1] += head
     if model.mtp is not None and train_mtp:
-        modules = sum(layer.forward_flops(tokens=sequence, sequence=sequence, context=sequence) for layer in model.mtp.layers)
+        modules = sum(
+            layer.forward_flops(tokens=sequence, sequence=sequence, context=sequence) for layer in model.mtp.layers
+        )
         flops[-1] += model.mtp.depth * (modules + head + 4 * sequence * model.hidden_size**2)
     return tuple(flops)
 

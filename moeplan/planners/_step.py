@@ -1,4 +1,5 @@
-"""Lower bounds of whole steps: the passes, and what is done once a step (or, under ZeRO 2 and 3, in every pass) around them.
+"""Lower bounds of whole steps: the passes, and what is done once a step (or, under ZeRO 2 and 3, in every pass)
+around them.
 
 D, E: the ZeRO stages listed for dense weights and for experts. U, P, V as in `_bounds.py`.
 """
@@ -11,11 +12,10 @@ import numpy as np
 
 from moeplan import menu
 from moeplan.compiler.compile_plan import orders
-from moeplan.compiler.parts import Parts
-from moeplan.compiler.sharding import weights_of
-from moeplan.compiler.stages import pipeline
 from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats
+from moeplan.partition.stages import pipeline
+from moeplan.partition.weights import weights_of
 from moeplan.planners._bounds import Bounds, Passes, branch_of, outline_of
 from moeplan.planners._groups import cheapest, grid_of
 from moeplan.planners._prices import Wire
@@ -48,15 +48,17 @@ class StepBounds:
         ends_PU = fill + work
         best = (ends_PU + drain).max(axis=0)[:, None, None]
         if not self.bounds.training:
-            return best
+            return np.asarray(best)
         opening, closing, occupied = self._once(branch, passes)
         last = closing + ends_PU[:, :, None, None]
         drained = (ends_PU + drain)[:, :, None, None] + closing.min(axis=0)[None]
         found = np.maximum(last, drained).max(axis=0) + opening
-        return np.maximum(np.maximum(best, found), occupied)
+        return np.asarray(np.maximum(np.maximum(best, found), occupied))
 
     def _once(self, branch: Branch, passes: Passes) -> tuple[Floats, Floats, Floats]:
-        """Before the first pass [U, D, E]; behind a rank's last pass [P, U, D, E]; of the sharding stream alone [U, D, E]."""
+        """Before the first pass [U, D, E]; behind a rank's last pass [P, U, D, E]; of the sharding stream alone [U,
+        D, E].
+        """
         layout, shape = branch.layout, self.bounds.shape(branch.layout)
         outline, choices = outline_of(layout, True), self.bounds.scenario.choices
         reduce_VDE, gather_VDE = self._sharding(branch, (0, 1)), self._sharding(branch, (1, 2), gather=True)
@@ -66,7 +68,9 @@ class StepBounds:
         closing, occupied = [], []
         for rank, held in enumerate(shape.virtual):
             stages, last = list(held), held[outline.last[rank][1]]
-            exposed = reduce_VDE[last] - (passes.any_backward[last][:, None, None] if choices.overlap_gradients else 0.0)
+            exposed = reduce_VDE[last] - (
+                passes.any_backward[last][:, None, None] if choices.overlap_gradients else 0.0
+            )
             behind = np.maximum(exposed, 0.0) + update_PDE[rank]
             if not choices.overlap_gradients:
                 behind = behind + gather_VDE[stages].sum(axis=0)
@@ -89,8 +93,8 @@ class StepBounds:
                 dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
                 stages=layout.stages, schedule=layout.schedule,
             )  # fmt: skip
-            parts = Parts(model=scenario.model, plan=plan, workload=scenario.workload, load=None)
-            found = [list(weights_of(stage, parts)) for stage in pipeline(scenario.model, plan, scenario.workload).stages]
+            stages = pipeline(scenario.model, plan, scenario.workload).stages
+            found = [list(weights_of(stage, scenario.model, plan)) for stage in stages]
             self._weights[key] = Weights(
                 dense=np.array([sum(w.dense for w in stage) for stage in found], np.float64),
                 expert=np.array([sum(w.expert for w in stage) for stage in found], np.float64),
@@ -109,7 +113,9 @@ class StepBounds:
         )
 
     def _exchanged_s(self, branch: Branch, what: str) -> tuple[Floats, Floats]:
-        """[V] seconds of one gather of the weights (or scatter of the gradients) of each virtual stage: dense, experts."""
+        """[V] seconds of one gather of the weights (or scatter of the gradients) of each virtual stage: dense,
+        experts.
+        """
         weights, size = self.weights(branch), DTYPE_BYTES[getattr(self.bounds.scenario.choices.precision, what)]
         dense, expert = self._wires(branch)
         return (
@@ -123,7 +129,7 @@ class StepBounds:
         times = {stages[0]: 1.0 if gather else 2.0, stages[1]: 1.0}
         dense = np.array([times.get(zero, 0.0) for zero in branch.zero_dense])
         expert = np.array([times.get(zero, 0.0) for zero in branch.zero_expert])
-        return (dense_V[:, None, None] * dense[None, :, None] + expert_V[:, None, None] * expert)[:, None]
+        return np.asarray((dense_V[:, None, None] * dense[None, :, None] + expert_V[:, None, None] * expert)[:, None])
 
     def _in_passes(self, branch: Branch) -> Floats:
         """[V, 1, D, E]: of each micro-batch: ZeRO 2 scatters once, ZeRO 3 also gathers twice."""
@@ -198,5 +204,7 @@ class StepBounds:
         own = (float(passes.forward[f, 0]), float(passes.backward[b, 0]))
         if not self.bounds.prices.is_even:
             return ((own[0], 0.0), (0.0, own[1]))
-        exact = [self.bounds.pairs.paths_s(branch, rank, forward, 1 - forward, begin=each)[:, 0].tolist() for each in (0, 1)]
+        exact = [
+            self.bounds.pairs.paths_s(branch, rank, forward, 1 - forward, begin=each)[:, 0].tolist() for each in (0, 1)
+        ]
         return ((max(own[0], exact[0][0]), exact[0][1]), (exact[1][0], max(own[1], exact[1][1])))

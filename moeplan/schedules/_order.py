@@ -115,10 +115,11 @@ def finish_times(
 ) -> Times:
     """When every slot starts and finishes if each stage works in order and starts as soon as it may.
 
-    F waits for F of the virtual stage before; B and I for B or I of the one after and for their own F; W for its own I;
-    a dependency on another stage arrives `hop_s` after it finished. `virtual_stages[stage][chunk]` is the position in
-    model order, `durations_s[stage][chunk][kind]` the seconds of an action, `pair_s(stage, slot)[i][j]` the least from the beginning
-    of action i to the end of action j in a slot of two (None: nothing is hidden, both end after the sum).
+    F waits for F of the virtual stage before; B and I for B or I of the one after and for their own F; W for its own
+    I; a dependency on another stage arrives `hop_s` after it finished. `virtual_stages[stage][chunk]` is the position
+    in model order, `durations_s[stage][chunk][kind]` the seconds of an action, `pair_s(stage, slot)[i][j]` the least
+    from the beginning of action i to the end of action j in a slot of two (None: nothing is hidden, both end after
+    the sum).
 
     Sends cost no time of the stage and wires are never shared, so with costs that are lower bounds this is a lower
     bound. Raises SimulationError that names the stuck actions if the orders wait for one another.

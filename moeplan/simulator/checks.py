@@ -1,4 +1,6 @@
-"""Laws that every timeline must keep, looked at in every run: order, one thing at a time, and no faster than the wires."""
+"""Laws that every timeline must keep, looked at in every run: order, one thing at a time, and no faster than the
+wires.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ def check(timeline: Timeline, seconds_T: Floats) -> None:
     compute = program.tasks.stream_T == Stream.COMPUTE
     _law((start >= 0).all() and (end >= start).all(), "a task ends before it starts")
     _law((start[program.after_D] >= end[program.before_D] - slack).all(), "a task starts before what it waits for ends")
-    _law(np.allclose((end - start)[compute], seconds_T[compute], rtol=1e-9, atol=slack), "a task takes another time than its cost")
+    _law(
+        np.allclose((end - start)[compute], seconds_T[compute], rtol=1e-9, atol=slack),
+        "a task takes another time than its cost",
+    )
     order = np.lexsort((start, end, program.tasks.stream_T, program.tasks.lane_T))
     lane, stream = program.tasks.lane_T[order], program.tasks.stream_T[order]
     same = (lane[1:] == lane[:-1]) & (stream[1:] == stream[:-1])
@@ -28,9 +33,14 @@ def check(timeline: Timeline, seconds_T: Floats) -> None:
     away = np.flatnonzero(~compute)
     last_of_meeting = (end - start)[away]
     alone = np.array([len(meeting.lanes) == 1 for meeting in program.meetings], bool)[program.tasks.unit_T[away]]
-    _law((last_of_meeting[alone] >= least[program.tasks.unit_T[away]][alone] - slack).all(), "an exchange beats its wires")
+    _law(
+        (last_of_meeting[alone] >= least[program.tasks.unit_T[away]][alone] - slack).all(),
+        "an exchange beats its wires",
+    )
 
 
 def _law(holds: bool | np.bool_, broken: str) -> None:
     if not holds:
-        raise SimulationError(f"conservation: {broken}; this is a defect of moeplan, please report it with the scenario")
+        raise SimulationError(
+            f"conservation: {broken}; this is a defect of moeplan, please report it with the scenario"
+        )

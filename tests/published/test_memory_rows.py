@@ -12,10 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from moeplan import catalogue
-from moeplan.compiler.footprint import footprint
 from moeplan.domain.plan import DTYPE_BYTES, Plan, Precision
 from moeplan.domain.result import StageMemory
 from moeplan.domain.workload import Workload
+from moeplan.partition.footprint import footprint
 from moeplan.units import parse
 
 DATA = YAML(typ="safe").load(Path(__file__).with_name("memory.yaml"))

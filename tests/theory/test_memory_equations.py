@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from moeplan import catalogue
-from moeplan.compiler.footprint import held, states
 from moeplan.cost import memory
 from moeplan.domain.model import Layer, Model, from_mapping
 from moeplan.domain.operators import Operator
 from moeplan.domain.plan import Plan, Precision
 from moeplan.domain.scenario import Scenario
 from moeplan.domain.workload import Workload
+from moeplan.partition.footprint import held, states
 
 HALF = Precision(gradients="bf16")
 S, B, H, A, V, LAYERS = 256, 2, 512, 8, 4096, 16

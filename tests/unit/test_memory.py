@@ -13,12 +13,6 @@ from hypothesis import strategies as st
 
 from moeplan import catalogue, menu
 from moeplan.compiler.compile_plan import orders
-from moeplan.compiler.footprint import check_memory, footprint, held, states
-from moeplan.compiler.legal import problems
-from moeplan.compiler.parts import Parts, Tokens
-from moeplan.compiler.route import load_of
-from moeplan.compiler.sharding import weights_of
-from moeplan.compiler.stages import VirtualStage, pipeline
 from moeplan.cost import memory
 from moeplan.domain.cluster import build_cluster
 from moeplan.domain.model import Layer, from_mapping
@@ -26,6 +20,11 @@ from moeplan.domain.operators import Operator
 from moeplan.domain.plan import Plan, Precision
 from moeplan.domain.scenario import Scenario
 from moeplan.domain.workload import Workload
+from moeplan.partition.footprint import check_memory, footprint, held, states
+from moeplan.partition.legal import problems
+from moeplan.partition.route import Tokens, load_of
+from moeplan.partition.stages import VirtualStage, pipeline
+from moeplan.partition.weights import weights_of
 from moeplan.schedules import peak_held
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "logits", "cache")
@@ -197,10 +196,9 @@ def total_of_one_layer(plan: Plan) -> float:
 @given(plans())
 def test_weights_are_those_that_the_compiler_shards(plan: Plan) -> None:
     plan = plan.model_copy(update={"zero_dense": 0, "zero_expert": 0})
-    parts = Parts(model=BASE.model, plan=plan, workload=BASE.workload, load=None)
     stages = pipeline(BASE.model, plan, BASE.workload)
     for rank, chunks in enumerate(stages.virtual):
-        count = sum(w.dense + w.expert for v in chunks for w in weights_of(stages.stages[v], parts))
+        count = sum(w.dense + w.expert for v in chunks for w in weights_of(stages.stages[v], BASE.model, plan))
         found = states(plan, BASE)
         assert found.weights_P[rank] == 2 * count
         assert found.gradients_P[rank] == 4 * count

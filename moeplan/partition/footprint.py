@@ -23,11 +23,6 @@ from functools import lru_cache
 import numpy as np
 
 from moeplan import menu
-from moeplan.compiler.legal import problems
-from moeplan.compiler.micro_batch import TOKENS, Asked, Rows, asked_of, rows_of
-from moeplan.compiler.parts import Parts
-from moeplan.compiler.sharding import weights_of
-from moeplan.compiler.stages import VirtualStage, pipeline
 from moeplan.cost import memory
 from moeplan.cost.memory import Memory
 from moeplan.domain.model import Layer
@@ -35,6 +30,10 @@ from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats, Ints
 from moeplan.domain.result import StageMemory
 from moeplan.domain.scenario import Scenario
+from moeplan.partition.legal import problems
+from moeplan.partition.micro_batch import TOKENS, Asked, Rows, asked_of, rows_of
+from moeplan.partition.stages import VirtualStage, pipeline
+from moeplan.partition.weights import weights_of
 
 _STAGES = ("dp", "pp", "vpp", "stages", "schedule")
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "logits", "cache")
@@ -105,8 +104,8 @@ def _largest(rows_RG: Floats, bounds: Ints) -> Floats:
 @lru_cache(maxsize=256)
 def _weight_rows(asked: Asked, num_stages: int) -> tuple[Floats, Floats]:
     """Weights of one rank by row, dense and of experts. Tied to the embedding in the same stage, the head has none."""
-    parts = Parts(model=asked.scenario.model, plan=asked.plan, workload=asked.scenario.workload, load=None)
-    last = pipeline(asked.scenario.model, asked.plan, asked.scenario.workload).stages[-1]
+    model = asked.scenario.model
+    last = pipeline(model, asked.plan, asked.scenario.workload).stages[-1]
 
     def stage(layers: tuple[Layer, ...], *, embedding: bool, head: bool) -> VirtualStage:
         return VirtualStage(
@@ -116,8 +115,10 @@ def _weight_rows(asked: Asked, num_stages: int) -> tuple[Floats, Floats]:
 
     alone = num_stages == 1
     first = [stage((), embedding=not alone, head=False)]
-    layers = [stage((layer,), embedding=False, head=False) for layer in asked.scenario.model.all_layers]
-    rows = [list(weights_of(each, parts)) for each in (*first, *layers, stage((), embedding=alone, head=True))]
+    layers = [stage((layer,), embedding=False, head=False) for layer in model.all_layers]
+    rows = [
+        list(weights_of(each, model, asked.plan)) for each in (*first, *layers, stage((), embedding=alone, head=True))
+    ]
     dense = np.array([sum(weights.dense for weights in row) for row in rows], np.float64)
     return dense, np.array([sum(weights.expert for weights in row) for row in rows], np.float64)
 

@@ -1,4 +1,6 @@
-"""What a plan must satisfy to be run at all: divisibility, sizes, and choices that have an effect. Memory is another matter."""
+"""What a plan must satisfy to be run at all: divisibility, sizes, and choices that have an effect. Memory is another
+matter.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from moeplan import menu
-from moeplan.compiler.ranks import block_size, groups, ranks_of_stage
 from moeplan.domain.plan import Plan
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import PlanError
+from moeplan.partition.ranks import block_size, groups, ranks_of_stage
 
 
 def check_plan(plan: Plan, scenario: Scenario) -> None:
@@ -31,7 +33,8 @@ def problems(plan: Plan, scenario: Scenario) -> Iterator[str]:
 def _size_problems(plan: Plan, scenario: Scenario) -> Iterator[str]:
     gpus, batch = scenario.cluster.num_gpus, scenario.workload.global_batch
     if plan.world_size != gpus:
-        yield f"dp {plan.dp} x tp {plan.tp} x cp {plan.cp} x pp {plan.pp} = {plan.world_size} GPUs, but the cluster has {gpus}"
+        degrees = f"dp {plan.dp} x tp {plan.tp} x cp {plan.cp} x pp {plan.pp}"
+        yield f"{degrees} = {plan.world_size} GPUs, but the cluster has {gpus}"
     if plan.stage_size % (plan.ep * plan.etp):
         yield f"ep {plan.ep} x etp {plan.etp} does not divide the {plan.stage_size} GPUs of a stage (dp x tp x cp)"
         return
@@ -66,7 +69,8 @@ def _schedule_problems(plan: Plan, scenario: Scenario) -> Iterator[str]:
     microbatches = plan.num_microbatches(scenario.workload.global_batch)
     if not scenario.workload.is_training:
         if plan.schedule != "gpipe" or plan.vpp != 1:
-            yield f"schedule {plan.schedule} with vpp {plan.vpp} has no effect without a backward pass; use gpipe with vpp 1"
+            found = f"schedule {plan.schedule} with vpp {plan.vpp}"
+            yield f"{found} has no effect without a backward pass; use gpipe with vpp 1"
         elif len(plan.stages) != plan.pp:
             yield f"stages has {len(plan.stages)} entries, but there are pp {plan.pp} stages"
         return

@@ -12,9 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from moeplan.compiler.parts import Tokens
-from moeplan.compiler.route import Load, load_of
-from moeplan.compiler.stages import pipeline
 from moeplan.cost import memory
 from moeplan.domain.feed_forward import DenseFeedForward, Experts
 from moeplan.domain.model import Layer
@@ -22,6 +19,8 @@ from moeplan.domain.operators import Operator
 from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats
 from moeplan.domain.scenario import Scenario
+from moeplan.partition.route import Load, Tokens, load_of
+from moeplan.partition.stages import pipeline
 
 TOKENS = ("tp", "cp", "ep", "etp", "micro_batch", "precision", "capacity")
 """The fields of a plan that one micro-batch depends on."""

@@ -1,21 +1,22 @@
-"""The weights of a virtual stage on one rank, layer by layer, and the exchanges that keep their replicas together."""
+"""The weights of a virtual stage on one rank, layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moeplan.compiler.parts import Parts
-from moeplan.compiler.stages import VirtualStage
-from moeplan.domain.model import Layer
-from moeplan.domain.plan import DTYPE_BYTES, Plan
+from moeplan.domain.model import Layer, Model
+from moeplan.domain.plan import Plan
+from moeplan.partition.stages import VirtualStage
 
 _ENDS = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Weights of one layer, or of the ends of the model (layer -1), on one rank: dense ones, and those of its experts."""
+    """Weights of one layer, or of the ends of the model (layer -1), on one rank: dense ones, and those of its
+    experts.
+    """
 
     layer: int
     dense: int
@@ -26,9 +27,8 @@ class Weights:
         return self.expert if expert else self.dense
 
 
-def weights_of(stage: VirtualStage, parts: Parts) -> Iterable[Weights]:
+def weights_of(stage: VirtualStage, model: Model, plan: Plan) -> Iterable[Weights]:
     """The weights of each layer of a virtual stage, then of the model's ends if it has one."""
-    model, plan = parts.model, parts.plan
     for offset, layer in enumerate(stage.layers):
         yield Weights(
             layer=stage.first_layer + offset,
@@ -55,13 +55,3 @@ def _expert_weights(layer: Layer, plan: Plan) -> int:
 def zero_stages(plan: Plan, *, at_least: int) -> list[bool]:
     """Which of the two kinds of weights, dense (False) and expert (True), are sharded to that ZeRO stage."""
     return [expert for expert, zero in ((False, plan.zero_dense), (True, plan.zero_expert)) if zero >= at_least]
-
-
-def sharded_exchange(
-    stage: VirtualStage, weights: Weights, parts: Parts, *, expert: bool, operation: str
-) -> int | None:
-    """The exchange of a layer's weights (all_gather) or gradients over its replicas; None if there is nothing to exchange."""
-    precision = parts.plan.precision
-    element = DTYPE_BYTES[precision.weights if operation == "all_gather" else precision.gradients]
-    size_bytes = weights.count(expert=expert) * element
-    return parts.sharding(stage.holders, expert=expert, operation=operation, size_bytes=size_bytes)

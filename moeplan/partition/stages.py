@@ -42,7 +42,9 @@ class Pipeline:
         return len(self.virtual)
 
     def neighbour(self, rank: int, number: int, target: int) -> int:
-        """The rank that takes over at virtual stage `target` from `rank` at `number`: it holds it as the same chunk if any does."""
+        """The rank that takes over at virtual stage `target` from `rank` at `number`: it holds it as the same chunk
+        if any does.
+        """
         chunk = self.virtual[rank].index(number)
         holders = self.stages[target].holders
         return next((each for each in holders if self.virtual[each][chunk] == target), holders[0])

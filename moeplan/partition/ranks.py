@@ -1,8 +1,8 @@
 """Which GPU of the machine plays which part: the two grids of a plan, dense and expert, over the same ranks.
 
-A stage has `stage_size` positions q. Dense coordinates of q, the fastest first: tp, cp, dp. Expert coordinates: etp, ep, edp
-(or etp, edp, ep). Pipeline rank p of position q is GPU  q mod B + B (p + pp (q div B))  for blocks of B positions.
-Reference: Liu et al., "MoE Parallel Folding" (2025), for two grids over one set of ranks.
+A stage has `stage_size` positions q. Dense coordinates of q, the fastest first: tp, cp, dp. Expert coordinates: etp,
+ep, edp (or etp, edp, ep). Pipeline rank p of position q is GPU  q mod B + B (p + pp (q div B))  for blocks of B
+positions. Reference: Liu et al., "MoE Parallel Folding" (2025), for two grids over one set of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def block_size(plan: Plan) -> int:
         return plan.stage_size
     block = lcm(plan.tp * plan.cp, plan.etp * plan.ep)
     if plan.stage_size % block:
-        raise PlanError(f"rank_order {plan.rank_order}: blocks of {block} GPUs do not divide a stage of {plan.stage_size}")
+        raise PlanError(
+            f"rank_order {plan.rank_order}: blocks of {block} GPUs do not divide a stage of {plan.stage_size}"
+        )
     return block
 
 

@@ -16,11 +16,38 @@ from moeplan.domain.plan import CapacityRule, Plan
 from moeplan.domain.program import Floats
 from moeplan.domain.routing import Routing, apply_capacity
 from moeplan.domain.scenario import RoutingLaw, Scenario
+from moeplan.domain.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Tokens of one micro-batch: in all, on one context-parallel rank, and on one rank under sequence parallelism."""
+
+    sequence: int
+    context: int
+    batch: int
+    group: int
+    rank: int
+
+    @staticmethod
+    def of(plan: Plan, workload: Workload) -> Tokens:
+        """Decoding shares the cache, not the one new token, over context-parallel ranks."""
+        batch = plan.micro_batch * workload.query_length
+        group = batch if workload.phase == "decode" else batch // plan.cp
+        return Tokens(
+            sequence=workload.query_length,
+            context=workload.sequence,
+            batch=batch,
+            group=group,
+            rank=-(-group // plan.tp),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Load:
-    """Tokens of one micro-batch by source and expert for every layer with experts, experts in equal blocks over the places."""
+    """Tokens of one micro-batch by source and expert for every layer with experts, experts in equal blocks over the
+    places.
+    """
 
     tokens_SE_by_layer: tuple[Floats, ...]
     num_places: int
@@ -37,7 +64,9 @@ class Load:
         return tuple(cut.tolist())
 
     def traffic(self, moe: int) -> tuple[float, Floats | None]:
-        """Tokens that one source sends on average, its own place included, and share_GG: what part of that goes i to j."""
+        """Tokens that one source sends on average, its own place included, and share_GG: what part of that goes i to
+        j.
+        """
         tokens_SE = self.tokens_SE_by_layer[moe]
         mean = float(tokens_SE.sum()) / len(tokens_SE)
         if self.is_even or mean == 0:
@@ -49,7 +78,8 @@ class Load:
 def load_of(scenario: Scenario, plan: Plan, *, rank_tokens: int) -> Load | None:
     """The load of one micro-batch, after the plan's capacity rule; None for a model without experts.
 
-    `rank_tokens` are the tokens of one rank. With expert tensor parallelism a source is the `etp` ranks of a place together.
+    `rank_tokens` are the tokens of one rank. With expert tensor parallelism a source is the `etp` ranks of a place
+    together.
     """
     if scenario.routing is None:
         return None
