@@ -20,13 +20,13 @@ SIGNATURES = {
     "document": "(source, changes={})",
     "export": "(result, path, *, format=None, **options)",
     "load": "(source, changes={})",
-    "plan": "(scenario, *, planner='exhaustive', time_limit_s=None, gap=0.0, progress=None)",
+    "plan": "(scenario, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
     "scenario_from": "(*, model, cluster, global_batch, sequence, nodes=None, phase='train', changes={})",
     "show": "(name)",
     "simulate": "(scenario, plan, *, noise=None)",
     "sources": "(source)",
-    "sweep": "(scenario, grid, *, planner='exhaustive', time_limit_s=None, gap=0.0, progress=None)",
-    "what_if": "(scenario, changes, *, replan=True, planner='exhaustive', time_limit_s=None, gap=0.0, progress=None)",
+    "sweep": "(scenario, grid, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
+    "what_if": "(scenario, changes, *, replan=True, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
 }
 FIELDS = {
     "Noise": ("jitter", "stragglers", "slowdown", "seed"),

@@ -11,26 +11,24 @@ groups are as late as anyone's.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise, product
 
 import numpy as np
 
 from moeplan import menu
 from moeplan.domain.model import Layer
-from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats, Ints
 from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Load
 from moeplan.planners._chains import Chain, Exchanges, backward, forward, weights
 from moeplan.planners._groups import Grid, cheapest, grid_of, send_wire, uneven_wires
+from moeplan.planners._outline import outline_of
 from moeplan.planners._pairs import Pairs
 from moeplan.planners._prices import ENDS, WORKS, Kind, Prices, hottest
 from moeplan.planners._space import Branch, Layout
-from moeplan.schedules import Order
 
 _F, _B, _I, _W = range(4)
 
@@ -365,45 +363,6 @@ class Bounds:
                 out["x"][..., o] = wire.latency_s + wire.per_byte_s * rows * width
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outline:
-    """What does not depend on the number of micro-batches: the first and last pass of each rank, and how pairs grow."""
-
-    first: tuple[tuple[str, int], ...]
-    last: tuple[tuple[str, int], ...]
-    pairs: tuple[tuple[float, float], ...]
-    """Slots of two actions: a + b * micro-batches."""
-
-
-def outline_of(layout: Layout, training: bool) -> Outline:
-    """Read off two short runs of the schedule."""
-    if not training:
-        return Outline(first=(("F", 0),) * layout.pp, last=(("F", 0),) * layout.pp, pairs=((0.0, 0.0),) * layout.pp)
-    return _outline(layout.schedule, layout.pp, layout.vpp)
-
-
-@lru_cache(maxsize=1024)
-def _outline(schedule: str, pp: int, vpp: int) -> Outline:
-    actions = menu.load("schedules", schedule, "actions")
-    few, more = 2 * pp, 4 * pp
-    short: tuple[Order, ...] = actions(pp, few, num_chunks=vpp)
-    pairs = [
-        [sum(len(slot) == 2 for slot in order) for order in actions(pp, count, num_chunks=vpp)] for count in (few, more)
-    ]
-    slope = [(b - a) / (more - few) for a, b in zip(*pairs, strict=True)]
-    return Outline(
-        first=tuple((order[0][0].kind, order[0][0].chunk) for order in short),
-        last=tuple(_latest(order[-1]) for order in short),
-        pairs=tuple((a - s * few, s) for a, s in zip(pairs[0], slope, strict=True)),
-    )
-
-
-def _latest(slot: tuple[tuple[str, int, int], ...]) -> tuple[str, int]:
-    kinds = Counter(action[0] for action in slot)
-    chosen = next((action for action in slot if action[0] in "BI"), slot[0]) if kinds else slot[0]
-    return chosen[0], chosen[1]
-
-
 def _spread(table: Floats, sizes: tuple[int, ...]) -> Floats:
     """A table by micro-batch, recomputation, algorithm and overlap, broadcast and laid out as rows."""
     return np.broadcast_to(table, sizes).ravel()
@@ -436,16 +395,3 @@ def _stacked(chains: list[Chain]) -> Chain:
 
 def _where(condition: Floats, yes: Chain, no: Chain) -> Chain:
     return Chain(**{n: np.where(condition, getattr(yes, n), getattr(no, n)) for n in Chain.__dataclass_fields__})
-
-
-def branch_of(plan: Plan, copies: int, replicas: tuple[int, int]) -> Branch:
-    """A branch of one plan."""
-    layout = Layout(
-        dp=plan.dp, tp=plan.tp, cp=plan.cp, pp=plan.pp, ep=plan.ep, etp=plan.etp, rank_order=plan.rank_order,
-        schedule=plan.schedule, vpp=plan.vpp, stages=plan.stages, replicas=replicas, copies=copies,
-    )  # fmt: skip
-    return Branch(
-        layout=layout, micro_batch=(plan.micro_batch,), recompute=(plan.recompute,), all_to_all=(plan.all_to_all,),
-        overlap_degree=(plan.overlap_degree,), zero_dense=(plan.zero_dense,), zero_expert=(plan.zero_expert,),
-        arbitration=(plan.arbitration,),
-    )  # fmt: skip

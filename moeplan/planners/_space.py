@@ -331,3 +331,16 @@ def _allowed(values: Sequence[int] | None, value: int) -> bool:
 @lru_cache
 def _divisors(number: int) -> tuple[int, ...]:
     return tuple(each for each in range(1, number + 1) if number % each == 0)
+
+
+def branch_of(plan: Plan, copies: int, replicas: tuple[int, int]) -> Branch:
+    """A branch of one plan."""
+    layout = Layout(
+        dp=plan.dp, tp=plan.tp, cp=plan.cp, pp=plan.pp, ep=plan.ep, etp=plan.etp, rank_order=plan.rank_order,
+        schedule=plan.schedule, vpp=plan.vpp, stages=plan.stages, replicas=replicas, copies=copies,
+    )  # fmt: skip
+    return Branch(
+        layout=layout, micro_batch=(plan.micro_batch,), recompute=(plan.recompute,), all_to_all=(plan.all_to_all,),
+        overlap_degree=(plan.overlap_degree,), zero_dense=(plan.zero_dense,), zero_expert=(plan.zero_expert,),
+        arbitration=(plan.arbitration,),
+    )  # fmt: skip

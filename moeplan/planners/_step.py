@@ -16,10 +16,11 @@ from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats
 from moeplan.partition.stages import pipeline
 from moeplan.partition.weights import weights_of
-from moeplan.planners._bounds import Bounds, Passes, branch_of, outline_of
+from moeplan.planners._bounds import Bounds, Passes
 from moeplan.planners._groups import cheapest, grid_of
+from moeplan.planners._outline import outline_of
 from moeplan.planners._prices import Wire
-from moeplan.planners._space import Branch
+from moeplan.planners._space import Branch, branch_of
 from moeplan.schedules import Paths, Slot, finish_times
 
 

@@ -60,7 +60,7 @@ def build_timeline(*, work: str = "attention", rows: tuple[tuple[int, ...], ...]
         ),
         flows=Flows(
             share_C=floats, count_C=ints, crossing_CK=np.zeros((0, 0)), capacity_bytes_per_s_K=floats, link_kind_K=(),
-            num_links_K=ints, sender_lane_C=ints, receiver_lane_C=ints,
+            num_links_K=ints, lanes_C=((0,),),
         ),
         tasks=Tasks(
             lane_T=columns[0], stream_T=columns[1], unit_T=columns[2], pass_T=columns[3], layer_T=columns[4],

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def refusal(*words: str) -> str:
     assert answer.err.startswith("moeplan: ")
     assert answer.err.count("\n") <= 3
     return answer.err
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_width() -> Iterator[None]:
+    """As where nobody set the width of a terminal: test runners that share out the work do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
