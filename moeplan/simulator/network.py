@@ -110,7 +110,7 @@ class Network:
 
     def _plot(self, meeting: int, parts: int) -> Course:
         stretches: list[tuple[float, int, dict[int, float], dict[int, float]]] = []
-        last_s = dict.fromkeys(self.program.meetings[meeting].lanes, 0.0)
+        last_s: dict[int, float] = {}
         now_s = 0.0
         for number, phase in enumerate(self.program.meetings[meeting].phases):
             stretches.append((now_s, number, {}, {}))
@@ -125,8 +125,7 @@ class Network:
                 for ended in self._drain(meeting, left, rate, step_s, parts):
                     for lane in self._lanes_of_class[ended]:
                         last_s[lane] = now_s
-        known = set(self.program.meetings[meeting].lanes)
-        lane_done = {lane: done_s for lane, done_s in last_s.items() if lane in known}
+        lane_done = {lane: last_s.get(lane, now_s) for lane in self.program.meetings[meeting].lanes}
         return Course(stretches=tuple(stretches), lane_done_s=lane_done, end_s=now_s)
 
     def _leave_course(self, transfer: Transfer) -> None:

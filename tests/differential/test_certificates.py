@@ -1,0 +1,193 @@
+"""Certificates against brute force: the optimum is the least of all plans, and no bound is above a simulated step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeplan as mp
+from moeplan.compiler.compile_plan import compile_plan
+from moeplan.cost.cost_model import CostModel
+from moeplan.partition import footprint
+from moeplan.planners._bounds import Bounds
+from moeplan.planners._space import Branch, Space
+from moeplan.planners._step import StepBounds
+from moeplan.simulator.simulate import simulate
+
+ROUNDING = 1e-9
+SMALL = ("small-4-gpus", "small-8-gpus", "small-two-nodes")
+MOST_TASKS = 12_000
+"""Of a plan drawn at random: what is larger takes long to simulate and says no more."""
+
+FP16 = dict.fromkeys(("compute", "weights", "activations", "dispatch", "combine", "cache"), "fp16")
+WIDE: dict[str, Any] = {
+    "choose.tp": [1, 2, 4], "choose.cp": [1, 2], "choose.etp": [1, 2], "choose.micro_batch": [1, 2, 4],
+    "choose.rank_order": ["tp-cp-ep-dp-pp", "tp-cp-dp-ep-pp", "tp-cp-ep-pp-dp"], "choose.overlap_degree": [1, 2, 4],
+    "choose.schedule": ["gpipe", "one_f_one_b", "interleaved", "zero_bubble", "zbv", "dual_pipe"],
+    "choose.arbitration": ["fair", "fifo", "a2a_first"], "choose.recompute": ["none", "selective", "full"],
+    "choose.zero_dense": [0, 1, 2, 3], "choose.zero_expert": [0, 1, 2, 3], "choose.vpp": [1, 2, 4],
+}  # fmt: skip
+MIXTRAL = {"cluster.nodes": 2, "workload.global_batch": 32, "workload.sequence": 1024}
+DEEPSEEK = {"cluster.nodes": 2, "workload.global_batch": 16, "workload.sequence": 512}
+FEW = {"workload.sequence": 64}
+TORUS = {"extends": "tpu-v4-torus", "nodes": 4, "fabric": {"shape": [4, 2, 2]}}
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "balanced": ("mixtral-8x7b-64xh100", MIXTRAL, 10),
+    "skewed": ("mixtral-8x7b-64xh100", MIXTRAL | {"routing.skew": 0.9}, 8),
+    "drawn": ("mixtral-8x7b-64xh100", MIXTRAL | {"cluster.nodes": 1, "routing.router": "multinomial"}, 6),
+    "dropped": (
+        "mixtral-8x7b-64xh100",
+        MIXTRAL | {"routing.skew": 0.9, "choose.capacity": {"rule": "drop", "factor": 1.1}},
+        6,
+    ),
+    "padded": (
+        "mixtral-8x7b-64xh100",
+        MIXTRAL | {"routing.skew": 0.9, "choose.capacity": {"rule": "pad", "factor": 1.25}},
+        6,
+    ),
+    "gradients-in-the-open": ("mixtral-8x7b-64xh100", MIXTRAL | {"choose.overlap_gradients": False}, 6),
+    "fat-tree": ("mixtral-8x7b-64xh100", {**MIXTRAL, "cluster": "hgx-h100-fat-tree", "cluster.nodes": 2}, 8),
+    "prediction": ("deepseek-v3-2048xh800", DEEPSEEK, 4),
+    "prediction-in-two-directions": ("deepseek-v3-2048xh800", DEEPSEEK | {"choose.schedule": "dual_pipe"}, 4),
+    "prediction-skewed": ("deepseek-v3-2048xh800", {**DEEPSEEK, "cluster.nodes": 1, "routing.skew": 0.8}, 3),
+    "sockets": ("fastermoe-johnny-16xv100", {"workload.global_batch": 32, "choose.pp": [1, 2, 4]}, 8),
+    "drifting": ("smartmoe-inky-16xa100", {"workload.global_batch": 64, "choose.zero_dense": [0, 1, 2, 3]}, 6),
+    "torus": ("small-8-gpus", WIDE | FEW | {"cluster": TORUS}, 12),
+    "cube-mesh": (
+        "small-two-nodes",
+        WIDE | FEW | {"cluster": {"extends": "p3.16xlarge", "nodes": 1}, "choose.precision": FP16},
+        12,
+    ),
+    "wide": ("small-two-nodes", WIDE, 24),
+    "padded-to-the-most": ("small-8-gpus", WIDE | FEW | {"choose.capacity": {"rule": "pad_to_max"}}, 10),
+    "fewer-tokens-than-experts": ("small-two-nodes", WIDE | FEW | {"model": "switch-base-128"}, 12),
+    "layers-of-two-sizes": ("small-two-nodes", WIDE | FEW | {"model": "pr-moe-350m", "routing.skew": 0.7}, 8),
+    "encoder-and-decoder": ("small-two-nodes", WIDE | FEW | {"model": "nllb-54b"}, 6),
+    "states-instead-of-attention": ("small-two-nodes", WIDE | FEW | {"model": "nemotron-3-super"}, 5),
+    "hyper-connections": ("small-two-nodes", WIDE | FEW | {"model": "deepseek-v4-flash"}, 5),
+    "prefill": ("mixtral-8x7b-prefill-8xh100", {"choose.pp": [1, 2, 4], "workload.global_batch": 16}, 8),
+    "decode": ("deepseek-v3-decode-144xh800", {"nodes": 1, "workload.global_batch": 32, "choose.pp": [1, 2]}, 4),
+    "dense": ("llama-3-70b-128xh100", {"nodes": 2, "workload.global_batch": 32, "workload.sequence": 1024}, 6),
+}
+"""Scenario, changes that make it small, and how many plans are drawn of it."""
+
+
+def bounds_of(steps: StepBounds, branch: Branch) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The bound of every plan of a branch, in the order of its numbers."""
+    found = steps.branch_s(branch)[..., None]
+    return np.broadcast_to(found, (*found.shape[:-1], len(branch.arbitration))).ravel()
+
+
+def simulated_s(plan: mp.Plan, scenario: mp.Scenario) -> float:
+    return simulate(compile_plan(plan, scenario), CostModel(gpu=scenario.cluster.gpu)).step_s
+
+
+@cache
+def everything(name: str) -> tuple[tuple[mp.Plan, float, float, float], ...]:
+    """Every plan of a scenario with the bound of its branch, its own bound and its simulated seconds."""
+    scenario = mp.load(name)
+    space, steps = Space(scenario), StepBounds(Bounds(scenario))
+    found = []
+    for branch in space.branches:
+        for index, bound_s in enumerate(bounds_of(steps, branch).tolist()):
+            plan = space.plan(branch, index)
+            found.append((plan, bound_s, steps.plan_s(plan), simulated_s(plan, scenario)))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_certified_optimum_is_the_least_of_all_plans_that_fit(name: str) -> None:
+    scenario, result = mp.load(name), mp.plan(name, gap=0.0)
+    steps_s = [each[3] for each in everything(name) if footprint.filled_share(each[0], scenario) <= 1]
+    assert len(everything(name)) == result.evaluated.legal
+    assert result.step_s == min(steps_s)
+    assert result.lower_bound_s == pytest.approx(min(steps_s), rel=ROUNDING)
+    assert result.gap <= ROUNDING
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_bound_of_any_plan_is_above_its_simulated_step(name: str) -> None:
+    for plan, branch_s, plan_s, step_s in everything(name):
+        assert branch_s <= step_s * (1 + ROUNDING), plan
+        assert plan_s <= step_s * (1 + ROUNDING), plan
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_bound_of_a_branch_is_below_those_of_its_plans(name: str) -> None:
+    scenario = mp.load(name)
+    space, steps = Space(scenario), StepBounds(Bounds(scenario))
+    for branch in space.branches:
+        opened = bounds_of(steps, branch)
+        assert steps.bounds.pipeline_s(branch).min() <= opened.min() * (1 + ROUNDING)
+        for index, bound_s in enumerate(opened.tolist()):
+            assert bound_s <= steps.plan_s(space.plan(branch, index)) * (1 + ROUNDING)
+
+
+def drawn(scenario: mp.Scenario, space: Space, count: int) -> Iterator[tuple[Branch, int, float]]:
+    """Plans with few micro-batches and few tasks: branch, number and simulated seconds."""
+    rng, given = random.Random(20), 0
+    while given < count:
+        branch = rng.choice(space.branches)
+        index = rng.randrange(branch.size)
+        plan = space.plan(branch, index)
+        if plan.num_microbatches(scenario.workload.global_batch) > 16:
+            continue
+        program = compile_plan(plan, scenario)
+        if len(program.tasks.lane_T) <= MOST_TASKS:
+            given += 1
+            yield branch, index, simulate(program, CostModel(gpu=scenario.cluster.gpu)).step_s
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_bound_of_a_plan_drawn_at_random_is_above_its_simulated_step(case: str) -> None:
+    name, changes, count = CASES[case]
+    scenario = mp.load(name, changes)
+    space, steps = Space(scenario), StepBounds(Bounds(scenario))
+    for branch, index, step_s in drawn(scenario, space, count):
+        plan = space.plan(branch, index)
+        assert steps.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
+        assert bounds_of(steps, branch)[index] <= step_s * (1 + ROUNDING), plan
+        assert steps.plan_s(plan) <= step_s * (1 + ROUNDING), plan
+
+
+# plans that once broke a bound, the compiler or the simulator
+
+LITTLE = {"workload.global_batch": 16, "choose.overlap_degree": [1, 2], "choose.schedule": "zero_bubble"}
+BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "what evens out many tokens leaves few uneven": (
+        LITTLE
+        | {"workload.sequence": 4, "routing.router": "hot_experts", "routing.seed": 346, "routing.share": 0.4}
+        | {"choose.capacity": {"rule": "drop", "factor": 0.5}},
+        {"dp": 2, "pp": 2, "ep": 2, "stages": (2, 2), "zero_dense": 0, "zero_expert": 0, "overlap_degree": 2},
+    ),
+    "drawn tokens are fewer than evened out": (
+        LITTLE
+        | {"workload.sequence": 2, "routing.router": "multinomial", "routing.seed": 415}
+        | {"choose.capacity": {"rule": "drop", "factor": 0.5}},
+        {"dp": 2, "pp": 2, "ep": 2, "stages": (2, 2), "zero_dense": 0, "zero_expert": 0, "overlap_degree": 2},
+    ),
+    "an exchange of nothing takes its latency": (
+        LITTLE | {"workload.sequence": 8, "choose.etp": 2, "choose.capacity": {"rule": "drop", "factor": 0.5}},
+        {"dp": 2, "tp": 2, "ep": 2, "etp": 2, "stages": (4,), "overlap_degree": 4, "schedule": "gpipe"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_no_bound_is_above_what_once_was_simulated_faster(case: str) -> None:
+    changes, options = BROKEN[case]
+    scenario = mp.load("small-two-nodes", changes)
+    given = {"schedule": "zero_bubble", "capacity": scenario.choices.capacity, **options}
+    plan = mp.Plan(**given)
+    assert StepBounds(Bounds(scenario)).plan_s(plan) <= simulated_s(plan, scenario) * (1 + ROUNDING)
+
+
+def test_a_plan_without_any_exchange_is_simulated() -> None:
+    scenario = mp.load("small-4-gpus", {"cluster.gpus_per_node": 1, "cluster.nic.per_node": 1})
+    plan = mp.Plan(dp=1, stages=(4,))
+    assert 0 < StepBounds(Bounds(scenario)).plan_s(plan) <= simulated_s(plan, scenario) * (1 + ROUNDING)
