@@ -16,7 +16,7 @@ from moeplan.domain.program import Floats, Ints, Pass, Program, Stream
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import MoeplanError
 from moeplan.exporters._lanes import task_name
-from moeplan.exporters._traffic import lane_of_rank, meeting_bytes
+from moeplan.exporters._traffic import meeting_bytes
 
 Mask = NDArray[np.bool_]
 _OVERLAP_NS = 1000
@@ -92,40 +92,15 @@ def starts_alone(program: Program, start_T: Ints, end_T: Ints) -> Mask:
 def arrows(program: Program) -> Ints:
     """Tasks that an arrow passes through, shape (A, P): the sends between stages, and what else crosses lanes.
 
-    A send: the task whose result it is, the sender's task, the receiver's task, the task that waits for it.
+    A send: the task whose result it is, the send itself, the task of the other lane that waits for it.
     """
     tasks, before, after = program.tasks, program.before_D, program.after_D
     crosses = tasks.lane_T[before] != tasks.lane_T[after]
-    none = np.full(int(crosses.sum()), -1, dtype=np.int64)
-    others = np.column_stack([none, before[crosses], after[crosses], none])
-    maker_T, user_T = np.full(len(tasks), -1, dtype=np.int64), np.full(len(tasks), -1, dtype=np.int64)
+    maker_T = np.full(len(tasks), -1, dtype=np.int64)
     maker_T[after[~crosses]] = before[~crosses]
-    user_T[before[~crosses][::-1]] = after[~crosses][::-1]
-    sender, receiver = _sends(program)
-    return np.concatenate([np.column_stack([maker_T[sender], sender, receiver, user_T[receiver]]), others])
-
-
-def _sends(program: Program) -> tuple[Ints, Ints]:
-    """The tasks of both ends of every send: the n-th time that the sender's lane does it is the receiver's n-th."""
-    tasks, lane_R = program.tasks, lane_of_rank(program)
-    talks = np.flatnonzero(tasks.stream_T != Stream.COMPUTE)
-    talks = talks[np.lexsort((talks, tasks.lane_T[talks], tasks.unit_T[talks]))]
-    key = tasks.unit_T[talks] * len(program.lanes) + tasks.lane_T[talks]
-    pairs: list[tuple[Ints, Ints]] = [(talks[:0], talks[:0])]
-    for number, meeting in enumerate(program.meetings):
-        exchange = program.exchanges[meeting.exchange]
-        if exchange.operation != "send":
-            continue
-        for source, target in np.unique(lane_R[exchange.groups_NG], axis=0).tolist():
-            if {source, target} == set(meeting.lanes) and source != target:
-                ends = [_run(talks, key, number * len(program.lanes) + lane) for lane in (source, target)]
-                shortest = min(map(len, ends))
-                pairs.append((ends[0][:shortest], ends[1][:shortest]))
-    return np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])
-
-
-def _run(values: Ints, sorted_keys: Ints, key: int) -> Ints:
-    return values[np.searchsorted(sorted_keys, key) : np.searchsorted(sorted_keys, key, side="right")]
+    source, target = before[crosses], after[crosses]
+    maker = np.where(tasks.stream_T[source] == Stream.PIPELINE, maker_T[source], -1)
+    return np.column_stack([maker, source, target])
 
 
 def kept_arrows(arrows_AP: Ints, keeps_T: Mask) -> Ints:

@@ -57,14 +57,15 @@ def occurrences(program: Program) -> Ints:
 
 
 def groups_of_meetings(program: Program) -> Iterator[tuple[int, Ints]]:
-    """Each meeting with those groups of its exchange that are made of just its lanes.
+    """Each meeting with those groups of its exchange that are made of just its lanes; a send's lane is the sender's.
 
     An exchange holds the groups of all the ranks that do it, its meetings share them out.
     """
     lane_R = lane_of_rank(program)
     for number, meeting in enumerate(program.meetings):
-        groups_NG = program.exchanges[meeting.exchange].groups_NG
-        lanes_NG = lane_R[groups_NG]
+        exchange = program.exchanges[meeting.exchange]
+        groups_NG = exchange.groups_NG
+        lanes_NG = lane_R[groups_NG[:, :1] if exchange.operation == "send" else groups_NG]
         mine = np.isin(lanes_NG, meeting.lanes).all(axis=1)
         for lane in meeting.lanes:
             mine &= (lanes_NG == lane).any(axis=1)

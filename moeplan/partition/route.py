@@ -119,4 +119,6 @@ def _load(
         by_layer |= zip(layers, kept.astype(np.float64), strict=True)
     tables = tuple(by_layer[moe] for moe in range(len(kinds.shapes)))
     is_even = all(bool((table == table[0, 0]).all()) for table in tables)
+    if is_even:  # one number stands for a whole table, which may be 256 x 256 for each of 58 layers
+        tables = tuple(np.broadcast_to(table[0, 0], table.shape) for table in tables)
     return Load(tokens_SE_by_layer=tables, num_places=ep, is_even=is_even)

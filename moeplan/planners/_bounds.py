@@ -196,34 +196,50 @@ class Bounds:
         """The chains of every virtual stage: its layers, the embedding before the first, head and predictions after
         the last.
         """
-        shape = self.shape(branch.layout)
-        chains = self.chains(branch)
-        out: dict[str, Floats] = {}
-        for name, p in (("forward", _F), ("backward", _B), ("input_gradient", _I)):
-            chain, ends = chains.by_pass[name], chains.ends[:, p]
-            total, busy, sent = (shape.counts_VK @ of for of in (chain.span, chain.busy, chain.sent))
-            start, end = (shape.first_V, shape.last_V) if p == _F else (shape.last_V, shape.first_V)
-            lead, trail = chain.lead[start], chain.trail[end]
-            opens, closes = (0, -1) if p == _F else (-1, 0)
-            lead[opens] = 0.0
-            if p != _I:
-                trail[closes] = 0.0
-                total[0], busy[0] = total[0] + ends[0], busy[0] + ends[0]
-            tail = sum(chain.span[kind] + ends[1] + ends[2] for kind in shape.extra) + ends[1]
-            total[-1], busy[-1] = total[-1] + tail, busy[-1] + ends[1]
-            out[name] = np.maximum(total - lead - trail, 0.0)
-            out[f"busy_{name}"], out[f"sent_{name}"] = busy, sent
-        gradient = shape.counts_VK @ chains.weights
-        gradient[-1] += sum(chains.weights[kind] + chains.ends[1, _W] + chains.ends[2, _W] for kind in shape.extra)
-        gradient[-1] += chains.ends[1, _W]
-        hop, size = send_wire(self.prices, branch.layout), self._send_bytes(branch)
-        hop_U = (hop.latency_s + hop.per_byte_s * size) if len(shape.virtual) > 1 else np.zeros_like(size)
+        layout, shape, chains = branch.layout, self.shape(branch.layout), self.chains(branch)
+        ends = chains.ends
+        forward = self._stages(chains.by_pass["forward"].span, _F, shape, chains)
+        backward = self._stages(chains.by_pass["backward"].span, _B, shape, chains)
+        input_gradient, weight_gradient = backward, np.zeros_like(backward)
+        if outline_of(layout, self.training).splits:
+            input_gradient = self._stages(chains.by_pass["input_gradient"].span, _I, shape, chains)
+            weight_gradient = shape.counts_VK @ chains.weights
+            weight_gradient[-1] += ends[1, _W]
+            for kind in shape.extra:
+                weight_gradient[-1] += chains.weights[kind] + ends[1, _W] + ends[2, _W]
+        busy = [np.zeros((1, 1))] * 4
+        if layout.copies > 1:
+            busy = [
+                shape.counts_VK @ getattr(chains.by_pass[name], what)
+                for name in ("forward", "backward")
+                for what in ("busy", "sent")
+            ]
+            for at, p in ((0, _F), (2, _B)):
+                busy[at][0] += ends[0, p]
+                busy[at][-1] += ends[1, p]
+        hop, size = send_wire(self.prices, layout), self._send_bytes(branch)
         return Passes(
-            forward=out["forward"], backward=out["backward"], input_gradient=out["input_gradient"],
-            weight_gradient=gradient, busy_forward=out["busy_forward"], busy_backward=out["busy_backward"],
-            sent_forward=out["sent_forward"],
-            sent_backward=out["sent_backward"], hop=hop_U,
+            forward=forward, backward=backward, input_gradient=input_gradient, weight_gradient=weight_gradient,
+            busy_forward=busy[0], sent_forward=busy[1], busy_backward=busy[2], sent_backward=busy[3],
+            hop=(hop.latency_s + hop.per_byte_s * size) if len(shape.virtual) > 1 else np.zeros_like(size),
         )  # fmt: skip
+
+    @staticmethod
+    def _stages(span_KU: Floats, p: int, shape: Shape, chains: Chains) -> Floats:
+        """[V, U]: one pass through each virtual stage, less the exchanges at its ends that others may hide."""
+        chain, ends = chains.by_pass[("forward", "backward", "input_gradient")[p]], chains.ends[:, p]
+        total = shape.counts_VK @ span_KU
+        start, end = (shape.first_V, shape.last_V) if p == _F else (shape.last_V, shape.first_V)
+        loose, trail = chain.lead[start], chain.trail[end]
+        opens, closes = (0, -1) if p == _F else (-1, 0)
+        loose[opens] = 0.0
+        if p != _I:
+            trail[closes] = 0.0
+            total[0] += ends[0]
+        total[-1] += ends[1]
+        for kind in shape.extra:
+            total[-1] += span_KU[kind] + ends[1] + ends[2]
+        return np.maximum(total - loose - trail, 0.0)
 
     def _send_bytes(self, branch: Branch) -> Floats:
         """[U]: of one send."""

@@ -19,12 +19,16 @@ class Outline:
     last: tuple[tuple[str, int], ...]
     pairs: tuple[tuple[float, float], ...]
     """Slots of two actions: a + b * micro-batches."""
+    splits: bool
+    """Whether some backward passes are split into I and W."""
 
 
 def outline_of(layout: Layout, training: bool) -> Outline:
     """Read off two short runs of the schedule."""
     if not training:
-        return Outline(first=(("F", 0),) * layout.pp, last=(("F", 0),) * layout.pp, pairs=((0.0, 0.0),) * layout.pp)
+        return Outline(
+            first=(("F", 0),) * layout.pp, last=(("F", 0),) * layout.pp, pairs=((0.0, 0.0),) * layout.pp, splits=False
+        )
     return _outline(layout.schedule, layout.pp, layout.vpp)
 
 
@@ -41,6 +45,7 @@ def _outline(schedule: str, pp: int, vpp: int) -> Outline:
         first=tuple((order[0][0].kind, order[0][0].chunk) for order in short),
         last=tuple(_latest(order[-1]) for order in short),
         pairs=tuple((a - s * few, s) for a, s in zip(pairs[0], slope, strict=True)),
+        splits=any(action.kind == "I" for order in short for slot in order for action in slot),
     )
 
 

@@ -235,7 +235,7 @@ class Prices:
         everyone = np.ones(len(pattern.source_F), bool)
         mine = (pattern.source_F == hottest) | (pattern.target_F == hottest)
         return self._busiest(pattern, everyone), self._busiest(
-            pattern, mine | (pattern.phase_F < pattern.phase_F.max())
+            pattern, mine | (pattern.phase_F < pattern.phase_F.max(initial=0))
         )
 
     def _busiest(self, pattern: Pattern, chosen_F: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Wire:

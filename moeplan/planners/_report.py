@@ -19,18 +19,16 @@ _WORDS = {
 def result_of(search: Search, *, planner: str) -> PlanResult:
     """What `search` found. It must have found something."""
     assert search.best is not None
-    assert search.timeline is not None
-    scenario, best, timeline = search.scenario, search.best, search.timeline
+    scenario, best = search.scenario, search.best
     memory = footprint.footprint(best.plan, scenario)
-    peak = scenario.cluster.gpu.peak_flops_per_s[best.plan.precision.compute]
     return PlanResult(
         moeplan_version=version("moeplan"),
         planner=planner,
         scenario=scenario.document,
         plan=best.plan,
         step_s=best.step_s,
-        mfu=timeline.mfu(peak),
-        tokens_per_s_per_gpu=timeline.tokens_per_s_per_gpu,
+        mfu=best.mfu,
+        tokens_per_s_per_gpu=best.tokens_per_s_per_gpu,
         peak_memory_bytes=max(stage.total for stage in memory),
         lower_bound_s=search.lower_bound_s,
         gap=max(0.0, best.step_s / search.lower_bound_s - 1),

@@ -14,7 +14,6 @@ from moeplan.cost.cost_model import CostModel
 from moeplan.domain.causes import breakdown_s
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats
-from moeplan.domain.timeline import Timeline
 from moeplan.errors import InfeasibleError
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
@@ -60,12 +59,14 @@ class Tried:
     plan: Plan
     bound_s: float
     step_s: float
+    mfu: float
+    tokens_per_s_per_gpu: float
     causes_s: dict[str, float]
 
 
 @dataclass
 class Search:
-    """One run of the search. `best` and `timeline` are of the best plan found, `lower_bound_s` of all that is left
+    """One run of the search. `best` is the best plan found, `lower_bound_s` a bound of all that is left
     and found.
     """
 
@@ -74,7 +75,6 @@ class Search:
     time_limit_s: float | None
     progress: Progress | None
     best: Tried | None = None
-    timeline: Timeline | None = None
     tried: list[Tried] = field(default_factory=list)
     bounded: list[tuple[float, Plan]] = field(default_factory=list)
     infeasible: int = 0
@@ -227,10 +227,18 @@ class Search:
     def _try(self, plan: Plan, bound_s: float) -> None:
         timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
         self.simulated_tasks += len(timeline.program.tasks)
-        found = Tried(plan, bound_s, timeline.step_s, breakdown_s(timeline))
+        peak = self.scenario.cluster.gpu.peak_flops_per_s[plan.precision.compute]
+        found = Tried(
+            plan=plan,
+            bound_s=bound_s,
+            step_s=timeline.step_s,
+            mfu=timeline.mfu(peak),
+            tokens_per_s_per_gpu=timeline.tokens_per_s_per_gpu,
+            causes_s=breakdown_s(timeline),
+        )
         self.tried.append(found)
         if self.best is None or found.step_s < self.best.step_s:
-            self.best, self.timeline = found, timeline
+            self.best = found
         if self.progress is not None:
             self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
 
