@@ -70,18 +70,23 @@ def scenario_of(
     """The scenario that is given, or else made of a model and a cluster, after every `--set`."""
     from moeplan.api import load
     from moeplan.catalogue import scenario_from
+    from moeplan.catalogue.overlay import Given
 
     changes = _changes(settings or [])
     if source is not None:
-        given = {FIELDS[flag]: value for flag, value in flags.items()}
+        given: dict[str, object] = {FIELDS[flag]: Given(value, _word(flag)) for flag, value in flags.items()}
         for key in given.keys() & changes.keys():
             raise MoeplanError(f"--set {key}: is also given as a flag; give it once")
         return load(source, given | changes)
     missing = [flag for flag in ("model", "cluster", "global_batch", "sequence") if flag not in flags]
     if missing:
-        words = ", ".join({"sequence": "--seq"}.get(flag, "--" + flag.replace("_", "-")) for flag in missing)
+        words = ", ".join(map(_word, missing))
         raise MoeplanError(f"no scenario is named, and {words} not given; name one (see `moeplan list scenarios`)")
     return scenario_from(**flags, changes=changes)
+
+
+def _word(flag: str) -> str:
+    return {"sequence": "--seq"}.get(flag, "--" + flag.replace("_", "-"))
 
 
 def _changes(settings: list[str]) -> dict[str, str]:

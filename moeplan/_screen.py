@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -37,8 +37,16 @@ class Screen:
         """A line of text."""
         self.console.print(text, style=style if self.console.is_terminal else "", soft_wrap=True)
 
-    def table(self, heads: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: str = "") -> None:
-        """A table; `right` has an r for each column whose cells stand to the right."""
+    def table(
+        self,
+        heads: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        title: str = "",
+        right: str = "",
+        whole: Container[int] = (),
+    ) -> None:
+        """A table; `right` has an r for each column whose cells stand to the right. A `whole` column is not folded."""
         if title:
             self.line()
             self.line(title, style="bold")
@@ -49,7 +57,7 @@ class Screen:
         table.show_header = any(heads)
         for place, head in enumerate(heads):
             side: Any = "right" if right[place : place + 1] == "r" else "left"
-            table.add_column(head, justify=side, overflow="fold")
+            table.add_column(head, justify=side, overflow="fold", no_wrap=place in whole)
         for row in rows:
             table.add_row(*(_one_line(cell) for cell in row))
         if pretty:
@@ -108,7 +116,7 @@ def plan_in_words(plan: Plan, scenario: Scenario) -> list[tuple[str, str]]:
     rows = [
         ("in short", in_short(plan)),
         ("layout", f"{plan.world_size:,} GPUs = pp {plan.pp} x dp {plan.dp} x cp {plan.cp} x tp {plan.tp}"),
-        ("experts", f"ep {plan.ep} x etp {plan.etp}, each held {plan.edp:,} times")
+        ("experts", f"ep {plan.ep} x etp {plan.etp}, each held {_times(plan.edp)}")
         if scenario.model.moe_layers
         else None,
         ("rank order", f"{plan.rank_order}, the nearest first"),
@@ -122,6 +130,10 @@ def plan_in_words(plan: Plan, scenario: Scenario) -> list[tuple[str, str]]:
     ]
     training = scenario.workload.is_training
     return [row for row in rows if row is not None and (training or row[0] not in ("ZeRO", "recompute"))]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else "twice" if count == 2 else f"{count:,} times"
 
 
 def _parts(degree: int) -> str:
@@ -171,7 +183,12 @@ def _why(screen: Screen, figures: Figures | PlanResult) -> None:
         (name, seconds, seconds / figures.step_s if figures.step_s else 0.0) for name, seconds in causes if seconds
     ]
     rows = [
-        (name.replace("_", " "), show(seconds, "s"), f"{100 * share:.1f} %", screen.bar(share))
+        (
+            name.replace("_", " ").replace("all to all", "all-to-all"),
+            show(seconds, "s"),
+            f"{100 * share:.1f} %",
+            screen.bar(share),
+        )
         for name, seconds, share in shares
     ]
     screen.table(("busiest GPU", "time", "of the step", ""), rows, title="Where the step goes", right="lrrl")
@@ -182,7 +199,7 @@ def _memory(screen: Screen, memory: Sequence[StageMemory]) -> None:
     """Parts that are nothing everywhere are left out."""
     parts = [name for name in StageMemory.model_fields if name not in ("stage", "total", "usable")]
     parts = [name for name in parts if any(getattr(stage, name) for stage in memory)]
-    heads = ("stage", *parts, "total", "usable", "")
+    heads = ("stage", *parts, "total", "usable", "of usable")
     rows = [
         (
             str(stage.stage),
@@ -239,17 +256,19 @@ def _value(value: object) -> str:
 def print_thing(thing: Mapping[str, Any]) -> None:
     """A thing of the catalogue: every field with its path, a figure with its source and note."""
     screen = Screen()
-    screen.table(("", "", "", ""), _fields({key: value for key, value in thing.items() if key != "sources"}))
+    screen.table(("", "", ""), _fields({key: value for key, value in thing.items() if key != "sources"}), whole=(0,))
 
 
-def _fields(value: object, path: str = "") -> list[tuple[str, str, str, str]]:
+def _fields(value: object, path: str = "") -> list[tuple[str, str, str]]:
     if isinstance(value, Mapping) and "value" in value:
-        return [(path, _text(value["value"]), str(value.get("source", "")), str(value.get("note", "")))]
+        return [
+            (path, _text(value["value"]), "; ".join(str(value[key]) for key in ("source", "note") if value.get(key)))
+        ]
     if isinstance(value, Mapping) and value:
         return [row for key, inner in value.items() for row in _fields(inner, f"{path}.{key}" if path else str(key))]
     if isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         return [row for number, inner in enumerate(value) for row in _fields(inner, f"{path}.{number}")]
-    return [(path, _text(value), "", "")]
+    return [(path, _text(value), "")]
 
 
 def _text(value: object) -> str:

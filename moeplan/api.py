@@ -17,7 +17,7 @@ from moeplan.domain.plan import Plan
 from moeplan.domain.result import Figures, PlanResult
 from moeplan.domain.scenario import Scenario
 from moeplan.domain.timeline import Timeline
-from moeplan.errors import MoeplanError
+from moeplan.errors import MoeplanError, PlanError
 from moeplan.partition.footprint import footprint
 from moeplan.simulator import simulate as simulator
 from moeplan.simulator.noise import Noise
@@ -94,10 +94,16 @@ def simulate(
 ) -> Simulation:
     """One step of `plan` in virtual time; `plan` may be the path of a plan's or a result's file.
 
-    Whether the plan fits in memory is told in `figures.memory`, and not asked here. Raises PlanError if it is illegal.
+    Whether the plan fits in memory is told in `figures.memory`, and not asked here. Raises PlanError if it is illegal,
+    with the name of its file.
     """
     problem, chosen = load(scenario), _plan_of(plan)
-    program = compile_plan(chosen, problem)
+    try:
+        program = compile_plan(chosen, problem)
+    except PlanError as error:
+        if isinstance(plan, Plan | PlanResult):
+            raise
+        raise PlanError(f"{fspath(plan)}: {error}") from None
     timeline = simulator.simulate(program, CostModel(gpu=problem.cluster.gpu), noise=noise)
     figures = _figures(timeline, chosen, problem)
     return Simulation(scenario=problem, plan=chosen, timeline=timeline, figures=figures, noise=noise)

@@ -284,7 +284,8 @@ def sources(
     if as_json:
         print_json([row._asdict() for row in rows])
     else:
-        Screen().table(("figure", "value", "kind", "source", "note"), rows)
+        lines = [(row.figure, row.value, row.kind, "; ".join(filter(None, (row.cite, row.note)))) for row in rows]
+        Screen().table(("figure", "value", "kind", "source and note"), lines, whole=(0, 2))
 
 
 def _planned(scenario: Scenario, **options: Any) -> PlanResult:
@@ -297,21 +298,31 @@ def _planned(scenario: Scenario, **options: Any) -> PlanResult:
 
 def _problem_and_plan(
     name: str | None, plan_file: Path | None, settings: list[str] | None, flags: Mapping[str, Any]
-) -> tuple[Scenario, Plan]:
-    """The scenario and the plan; a result's file holds both, and without a plan one is sought."""
+) -> tuple[Scenario, Plan | Path]:
+    """The scenario and the plan or its file; a result's file holds both, and without a plan one is sought."""
     from moeplan.catalogue import read_plan
     from moeplan.catalogue.files import read
 
     if plan_file is None:
         problem = scenario_of(name, settings, flags)
         return problem, _planned(problem).plan
-    chosen = read_plan(plan_file)
-    if name is not None or {"model", "cluster"} <= flags.keys():
-        return scenario_of(name, settings, flags), chosen
+    read_plan(plan_file)
+    made_here = name is None and {"model", "cluster"} <= flags.keys()
+    _refuse_choices(settings or [], but="choose.precision" if made_here else None)
+    if name is not None or made_here:
+        return scenario_of(name, settings, flags), plan_file
     document = read(plan_file).data.get("scenario")
     if not isinstance(document, dict):
         raise MoeplanError(f"{plan_file}: holds a plan without its scenario; name the scenario before --plan")
-    return scenario_of(document, settings, flags), chosen
+    return scenario_of(document, settings, flags), plan_file
+
+
+def _refuse_choices(settings: list[str], *, but: str | None) -> None:
+    """A plan that is given has chosen. `but`: what a scenario of flags may need all the same."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key.split(".")[0] == "choose" and not (but and key.startswith(but)):
+            raise MoeplanError(f"--set {key}: choose has no effect on a given plan; leave out --plan, or the setting")
 
 
 def _checked(files: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -324,11 +335,14 @@ def _checked(files: Mapping[str, Path | None]) -> dict[str, Path]:
         suffix_of(path, menu.load("exporters", name, "SUFFIXES"))
         if not path.parent.is_dir():
             raise MoeplanError(f"{path}: there is no folder {path.parent}; make it, or use another path")
+    for path in asked.values():
+        if sum(path.resolve() == other.resolve() for other in asked.values()) > 1:
+            raise MoeplanError(f"{path}: is asked for twice, and one would replace the other; use two paths")
     return asked
 
 
 def _simulated(
-    problem: Scenario, plan: Plan, noise: Noise | None, *, files: Mapping[str, Path], as_json: bool | None
+    problem: Scenario, plan: Plan | Path, noise: Noise | None, *, files: Mapping[str, Path], as_json: bool | None
 ) -> None:
     """One step, the files that are asked for, and then the figures (`as_json` None: no figures)."""
     from moeplan import api

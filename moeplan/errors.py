@@ -41,9 +41,12 @@ class ExecutionError(MoeplanError):
 def unknown_name(kind: str, found: str, allowed: Iterable[str]) -> str:
     """The sentence for a name that is not on a menu: `unknown KIND 'found'; did you mean 'x'? (a, b also exist)`."""
     names = sorted(allowed)
-    close = get_close_matches(found, names, n=1)
-    shown = ", ".join(name for name in names[:12] if name not in close)
-    also = (
-        f"({shown}{', ...' if len(names) > 12 else ''} also exist)" if close else f"use one of: {shown or 'none exist'}"
-    )
-    return f"unknown {kind} {found!r}; " + (f"did you mean {close[0]!r}? {also}" if close else also)
+    longer = [name for name in names if found and name.lower().startswith(found.lower())]
+    close = (longer or get_close_matches(found, names, n=1))[:1]
+    others = [name for name in names if name not in close]
+    shown = ", ".join([*others[:12], *["..."][: len(others[12:])]])
+    if not names:
+        return f"unknown {kind} {found!r}; there is none, so remove it"
+    if not close:
+        return f"unknown {kind} {found!r}; use one of: {shown}"
+    return f"unknown {kind} {found!r}; did you mean {close[0]!r}?" + (f" ({shown} also exist)" if others else "")

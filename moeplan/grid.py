@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from moeplan.api import Progress, Source, check_search, load, plan, simulate
+from moeplan.catalogue.overlay import Given
 from moeplan.domain.plan import Plan
 from moeplan.domain.result import Figures, PlanResult
 from moeplan.domain.scenario import Scenario
@@ -155,7 +156,7 @@ def _cells(origin: Scenario, grid: Mapping[str, object]) -> list[_Cell]:
 
 def _changed(origin: Scenario, changes: Mapping[str, object]) -> Scenario | str:
     try:
-        return load(origin, changes)
+        return load(origin, {key: Given(value, f"what-if {key}") for key, value in changes.items()})
     except CatalogueError as error:
         return str(error)
 

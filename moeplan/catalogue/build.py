@@ -15,7 +15,7 @@ from moeplan.catalogue.checks import check
 from moeplan.catalogue.citations import Citation, check_figures, checked_sources, citations
 from moeplan.catalogue.figures import cluster_spec
 from moeplan.catalogue.files import find, is_path, menus, names, read
-from moeplan.catalogue.overlay import is_figure
+from moeplan.catalogue.overlay import Given, is_figure
 from moeplan.catalogue.resolve import changed, entry, from_flags, resolved, thing
 from moeplan.catalogue.sheet import KEYS, SCHEMA, FieldPath, Sheet, bare, below, fail, moved, shown
 from moeplan.catalogue.translate import models_in, validated
@@ -237,7 +237,7 @@ def scenario_from(
     data = {"schema": SCHEMA, "name": "-on-".join(str(part.get("name")) for part in parts)} | whole.data
     if _has_experts(data["model"]):
         data |= {"routing": {"router": "balanced"}}
-    nodes_changed = {} if nodes is None else {"cluster.nodes": nodes}
+    nodes_changed = {} if nodes is None else {"cluster.nodes": Given(nodes, "--nodes")}
     return build_sheet(changed(Sheet(data=data, spots=whole.spots), nodes_changed | dict(changes)))
 
 

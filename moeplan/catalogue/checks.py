@@ -151,10 +151,9 @@ def check_router(sheet: Sheet, routing: RoutingLaw, model: Model) -> None:
     options = _options(route)
     for key in routing.options:
         if key not in options:
-            sentence = (
-                f"{unknown_name('option', key, options)}; router {routing.router!r} does not take it, so remove it"
-            )
-            fail(sheet.spots, ("routing", key), sentence)
+            known = f"{unknown_name('option', key, options)}; router {routing.router!r} does not take it, so remove it"
+            none = f"router {routing.router!r} takes no options; remove it"
+            fail(sheet.spots, ("routing", key), known if options else none)
     for key, option in options.items():
         if option.default is Parameter.empty and key not in routing.options:
             fail(sheet.spots, ("routing", key), f"is missing; router {routing.router!r} needs it, so add it")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from moeplan.catalogue.figures import figure_names
@@ -13,6 +15,14 @@ USER = "set by the user"
 SHORT = {"nodes": ("cluster", "nodes")}
 """Words that stand for a path."""
 _FILE = "--set"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A change's value, and the place where a person gave it, such as a flag."""
+
+    value: object
+    place: str
 
 
 def is_figure(value: object) -> bool:
@@ -100,23 +110,27 @@ def change_sheet(changes: Mapping[str, object], document: Mapping[str, Any]) -> 
     """
     data: dict[str, Any] = {}
     spots: dict[FieldPath, Spot] = {(): Spot(_FILE, None, ())}
-    for text, value in changes.items():
-        path = _path(text, document)
-        _put(data, path, _value(value, path, text), text)
-        spots |= {path[:length]: Spot(_FILE, None, path[:length]) for length in range(1, len(path) + 1)}
+    for text, given in changes.items():
+        value, place = (
+            (given.value, given.place) if isinstance(given, Given) else (given, f"{_FILE} {shown(text)[1:-1]}")
+        )
+        path = _path(text, document, place)
+        _put(data, path, _value(value, path, place), place)
+        for length in range(1, len(path) + 1):
+            here = path[:length]
+            spots[here] = Spot(place, None, ()) if isinstance(given, Given) else Spot(_FILE, None, here)
     return Sheet(data=data, spots=spots)
 
 
-def _path(text: str, document: Mapping[str, Any]) -> FieldPath:
+def _path(text: str, document: Mapping[str, Any], place: str) -> FieldPath:
     path = SHORT.get(text) or tuple(text.split("."))
     if not all(path) or path[-1] == "name" or path[0] in ("schema", "sources"):
-        raise CatalogueError(
-            f"{_FILE}: {shown(text)} cannot be set; give the path of a field, such as workload.global_batch"
-        )
+        raise CatalogueError(f"{place}: cannot be set; give the path of a field, such as workload.global_batch")
     if len(path) == 1 and path[0] not in ("model", "cluster", "about"):
         inside = [dotted(found) for found in _paths(document) if found[-1] == path[0] or found[0] == path[0]]
-        remedy = f"did you mean {inside[0]!r}?" if inside else "write section.field, such as workload.global_batch"
-        raise CatalogueError(f"{_FILE}: {shown(text)} is not the path of a field; {remedy}")
+        close = inside or get_close_matches(path[0], SHORT, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else "write section.field, such as workload.global_batch"
+        raise CatalogueError(f"{place}: is not the path of a field; {remedy}")
     return path
 
 
@@ -130,23 +144,21 @@ def _paths(data: Mapping[str, Any], path: FieldPath = ()) -> list[FieldPath]:
     return found
 
 
-def _value(value: object, path: FieldPath, text: str) -> object:
+def _value(value: object, path: FieldPath, place: str) -> object:
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple) else value
     if path[0] == "choose" and "," in value and not value.lstrip().startswith(("[", "{")):
         value = f"[{value}]"
     if "\n" in value or " #" in value:
-        raise CatalogueError(
-            f"{_FILE}: {shown(text)}: {shown(value)} is not one value; write it on one line, without a comment"
-        )
-    return scalar(value, f"{_FILE} {shown(text)[1:-1]}")
+        raise CatalogueError(f"{place}: {shown(value)} is not one value; write it on one line, without a comment")
+    return scalar(value, place)
 
 
-def _put(data: dict[str, Any], path: FieldPath, value: object, text: str) -> None:
+def _put(data: dict[str, Any], path: FieldPath, value: object, place: str) -> None:
     for part in path[:-1]:
         data = data.setdefault(str(part), {})
         if not isinstance(data, dict):
-            raise CatalogueError(f"{_FILE}: {shown(text)} is inside another field that is set; set one of the two")
+            raise CatalogueError(f"{place}: is inside another field that is set; set one of the two")
     if path[-1] in data:
-        raise CatalogueError(f"{_FILE}: {shown(text)} is set twice, or holds another field that is set; set it once")
+        raise CatalogueError(f"{place}: is set twice, or holds another field that is set; set it once")
     data[str(path[-1])] = value

@@ -101,4 +101,6 @@ def _remedy(error: OSError) -> str:
         return "use a folder that you may write in"
     if isinstance(error, NotADirectoryError):
         return "use a path whose folders are folders"
+    if isinstance(error, FileNotFoundError):
+        return "use a folder that takes files"
     return "free some space or use another path"

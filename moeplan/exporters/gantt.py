@@ -88,9 +88,9 @@ def _draw(figure: Any, timeline: Timeline, *, lanes: Ints, color_by: str, begin:
         )
     if color_by == "pass":
         _numbers(axes, timeline, bars, scale=scale, shortest_s=(end - begin) / 90, begin=begin, end=end)
-    axes.set(
-        xlim=(begin * scale, end * scale), ylim=(max(len(lanes), 1), -0.05), xlabel=f"time since the step began, {unit}"
-    )
+    caption = "; the number in a bar is that of its micro-batch" if color_by == "pass" else ""
+    axes.set(xlim=(begin * scale, end * scale), ylim=(max(len(lanes), 1), -0.05))
+    axes.set_xlabel(f"time since the step began, {unit}{caption}")
     axes.set_yticks(np.arange(len(lanes)) + 0.44, [_lane_text(timeline.program.lanes[lane]) for lane in lanes.tolist()])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", linewidth=0.3, color="#BBBBBB")
@@ -119,7 +119,8 @@ def _title(timeline: Timeline, num_lanes: int, begin: float, end: float) -> str:
 
 
 def _lane_text(lane: Lane) -> str:
-    return f"stage {lane.stage}\n{lane.multiplicity} GPU{'s' * (lane.multiplicity != 1)}: {ranks_text(lane.ranks_R)}"
+    many = "s" * (lane.multiplicity != 1)
+    return f"stage {lane.stage} ({lane.multiplicity} GPU{many})\nrank{many} {ranks_text(lane.ranks_R)}"
 
 
 def _colours(timeline: Timeline, color_by: str, seen: Any) -> tuple[list[str], Any, Ints]:
@@ -205,4 +206,6 @@ def _legend(figure: Any, names: list[str], colours: Floats) -> None:
 
     handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False)
+        width_in = 0.7 + 0.08 * max(map(len, names))
+        columns = max(1, min(len(handles), int(figure.get_figwidth() / width_in)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

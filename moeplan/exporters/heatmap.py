@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def _gpus_per_row(program: Program, asked: int | None) -> int:
 
 def _draw(figure: Any, bytes_RR: Floats, *, unit: str) -> None:
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     axes = figure.add_subplot()
     largest = float(bytes_RR.max(initial=0.0))
@@ -71,6 +72,15 @@ def _draw(figure: Any, bytes_RR: Floats, *, unit: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
     bar = figure.colorbar(picture, ax=axes, label="bytes a step")
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if largest / lowest < 1000 else (1.0,)))
+    bar.ax.yaxis.set_major_locator(FixedLocator(_ticks(lowest, largest)))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value, "B")))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _ticks(lowest: float, largest: float) -> list[float]:
+    """Both ends, and between them 1, 3, 10, ... or, over three decades, 1, 10, 100, ... as far as there is room."""
+    decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(largest)) + 1)
+    steps = (1.0, 3.0) if largest / lowest < 1000 else (1.0,)
+    apart = (largest / lowest) ** 0.05
+    inner = [step * 10.0**decade for decade in decades for step in steps]
+    return [lowest, *(tick for tick in inner if lowest * apart < tick < largest / apart), largest]

@@ -34,7 +34,8 @@ def _size_problems(plan: Plan, scenario: Scenario) -> Iterator[str]:
     gpus, batch = scenario.cluster.num_gpus, scenario.workload.global_batch
     if plan.world_size != gpus:
         degrees = f"dp {plan.dp} x tp {plan.tp} x cp {plan.cp} x pp {plan.pp}"
-        yield f"{degrees} = {plan.world_size} GPUs, but the cluster has {gpus}"
+        found = f"{degrees} = {plan.world_size} GPUs, but the cluster has {gpus}"
+        yield f"{found}; plan again, or use the scenario that the plan was made for"
     if plan.stage_size % (plan.ep * plan.etp):
         yield f"ep {plan.ep} x etp {plan.etp} does not divide the {plan.stage_size} GPUs of a stage (dp x tp x cp)"
         return

@@ -207,6 +207,13 @@ class Bounds:
             weight_gradient[-1] += ends[1, _W]
             for kind in shape.extra:
                 weight_gradient[-1] += chains.weights[kind] + ends[1, _W] + ends[2, _W]
+        early = chains.exchanges[0].early
+        if outline_of(layout, self.training).splits and not self.prices.is_even:
+            weight_gradient = np.maximum(weight_gradient - early, 0.0)
+            ahead = self._ahead_s(chains)
+            forward, backward, input_gradient = (
+                np.maximum(each - ahead, 0.0) for each in (forward, backward, input_gradient)
+            )
         busy = [np.zeros((1, 1))] * 4
         if layout.copies > 1:
             busy = [
@@ -217,12 +224,25 @@ class Bounds:
             for at, p in ((0, _F), (2, _B)):
                 busy[at][0] += ends[0, p]
                 busy[at][-1] += ends[1, p]
+            busy[0] = np.maximum(busy[0] - early, 0.0)
         hop, size = send_wire(self.prices, layout), self._send_bytes(branch)
         return Passes(
             forward=forward, backward=backward, input_gradient=input_gradient, weight_gradient=weight_gradient,
             busy_forward=busy[0], sent_forward=busy[1], busy_backward=busy[2], sent_backward=busy[3],
             hop=(hop.latency_s + hop.per_byte_s * size) if len(shape.virtual) > 1 else np.zeros_like(size),
         )  # fmt: skip
+
+    def _ahead_s(self, chains: Chains) -> Floats:
+        """[U]: at most what the shared branch of a pass's first layer delays its experts.
+
+        Under uneven routing a place that has worked on weight gradients longer than the hottest one comes behind it,
+        and the hottest one's shared branch may be over by then.
+        """
+        found = np.zeros_like(chains.exchanges[0].early)
+        for cost_P, x in zip(chains.costs, chains.exchanges, strict=True):
+            for cost in cost_P[:_W]:
+                found = np.maximum(found, x.tensor + cost["shared"] - x.early - x.dispatch_hottest)
+        return found
 
     @staticmethod
     def _stages(span_KU: Floats, p: int, shape: Shape, chains: Chains) -> Floats:
@@ -331,7 +351,7 @@ class Bounds:
         kinds, act = prices.kinds[0], prices.element_bytes("activations")
         tensor, context = cheapest(prices, grid, "tp"), cheapest(prices, grid, "cp")
         sizes = tuple(len(values) for values in branch.lists[:4])
-        columns = {name: np.zeros((len(kinds), *sizes)) for name in ("t", "c", "x", "d", "h", "b")}
+        columns = {name: np.zeros((len(kinds), *sizes)) for name in ("t", "c", "x", "d", "h", "b", "e")}
         experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 2, 4))
         for m, micro_batch in enumerate(branch.micro_batch):
             plan, load = prices.load(grid.ep, grid.etp, grid.tp, grid.cp, micro_batch)
@@ -347,11 +367,12 @@ class Bounds:
                     columns["c"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
                 if kind.layer.is_moe and load is not None:
                     self._routed({name: column[k, m] for name, column in columns.items()}, kind, branch, grid, load)
+        early = columns["e"].max(axis=0).ravel()
         return [
             Exchanges(
                 tensor=columns["t"][k].ravel(), context=columns["c"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
                 dispatch=columns["d"][k].ravel(), dispatch_hottest=columns["h"][k].ravel(),
-                combine=columns["b"][k].ravel(), is_even=prices.is_even,
+                combine=columns["b"][k].ravel(), early=early, is_even=prices.is_even,
             )
             for k in range(len(kinds))
         ], experts  # fmt: skip
@@ -366,12 +387,13 @@ class Bounds:
         there_O, back_O = (elements_O * prices.element_bytes(way) for way in ("dispatch", "combine"))
         for a, algorithm in enumerate(branch.all_to_all if grid.ep > 1 else ()):
             if prices.is_even:
-                both, own, home = (cheapest(prices, grid, "ep", algorithm),) * 3
+                both, own, home, first = (cheapest(prices, grid, "ep", algorithm),) * 4
             else:
-                both, own, home = uneven_wires(prices, grid, algorithm, load, kind.moe)
+                both, own, home, first = uneven_wires(prices, grid, algorithm, load, kind.moe)
             out["d"][:, a] = both.latency_s + both.per_byte_s * there_O
             out["h"][:, a] = own.latency_s + own.per_byte_s * there_O
             out["b"][:, a] = home.latency_s + home.per_byte_s * back_O
+            out["e"][:, a] = out["b"][:, a] - first.latency_s - first.per_byte_s * back_O
         if grid.etp > 1:
             wire, width = cheapest(prices, grid, "etp"), experts.expert_input * prices.element_bytes("activations")
             for o, parts in enumerate(branch.overlap_degree):
@@ -397,7 +419,7 @@ def _by_parts(
         at = slice(o, None, len(branch.overlap_degree))
         some = Exchanges(
             tensor=x.tensor[at], context=x.context[at], expert_tensor=x.expert_tensor[at], dispatch=x.dispatch[at],
-            dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], is_even=x.is_even,
+            dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], early=x.early[at], is_even=x.is_even,
         )  # fmt: skip
         chain = chain_of({name: value[at] for name, value in cost.items()}, some, parts=parts, **flags)
         for name, value in out.items():

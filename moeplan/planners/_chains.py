@@ -26,6 +26,8 @@ class Exchanges:
     dispatch_hottest: Floats
     """Until the hottest place has its own."""
     combine: Floats
+    early: Floats
+    """How much sooner than the last place another one can be done with the exchanges before this layer."""
     is_even: bool
 
 
@@ -95,11 +97,12 @@ def weights(cost: dict[str, Floats], *, parts: Floats) -> Floats:
 
 
 def _routed(cost: dict[str, Floats], x: Exchanges, parts: int) -> tuple[Floats, Floats]:
-    """From the router's end to when all is back: parts go out one by one, are worked on, and come back one by one."""
-    free = x.tensor + cost["shared"]
-    beside = free + x.tensor
-    free = np.where(cost["shared"] > 0, free, 0.0)
-    beside = np.where(cost["shared"] > 0, beside, 0.0)
+    """From the router's end to when all is back: parts go out one by one, are worked on, and come back one by one.
+
+    The hottest place may come here before the last one, from which the time counts, and begin its shared branch sooner.
+    """
+    beside = np.where(cost["shared"] > 0, x.tensor + cost["shared"] + x.tensor, 0.0)
+    free = np.where(cost["shared"] > 0, np.maximum(x.tensor + cost["shared"] - x.early, 0.0), 0.0)
     ready = []
     for part in range(parts):
         there = (part + 1) * (x.dispatch if x.is_even else x.dispatch_hottest)

@@ -109,11 +109,14 @@ def send_wire(prices: Prices, layout: Layout) -> Wire:
     return prices.cache[key]  # type: ignore[return-value]
 
 
-def uneven_wires(prices: Prices, grid: Grid, algorithm: str, load: Load, moe: int) -> tuple[Wire, Wire, Wire]:
-    """Dispatch until all are done, dispatch until the hottest place has its own, and combine, at the cheapest stage."""
+def uneven_wires(prices: Prices, grid: Grid, algorithm: str, load: Load, moe: int) -> tuple[Wire, ...]:
+    """Dispatch until all are done, and until the hottest place has its own; combine until all, and until one is done.
+
+    Each at the stage where it is cheapest.
+    """
     share_GG = load.traffic(moe)[1]
     if share_GG is None:
-        return (cheapest(prices, grid, "ep", algorithm),) * 3
+        return (cheapest(prices, grid, "ep", algorithm),) * 4
     key = ("uneven", positions(grid, "ep"), grid.block, grid.pp, algorithm, moe, share_GG.tobytes())
     if key not in prices.cache:
         place = hottest(load, moe)

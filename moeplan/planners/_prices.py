@@ -210,36 +210,56 @@ class Prices:
             self.cache[key] = (
                 Wire(latency_s=0.0, per_byte_s=0.0)
                 if len(members) == 1
-                else self._load_wire(operation, algorithm, members, None)[0]
+                else self._busiest(self._pattern(operation, algorithm, members))
             )
         return self.cache[key]  # type: ignore[return-value]
 
     def uneven(
         self, members: tuple[int, ...], algorithm: str, share_GG: Floats, *, place: int
-    ) -> tuple[Wire, Wire, Wire]:
-        """All-to-alls with these shares: out until all are done, out until `place` has its own, and back until all
-        are done.
+    ) -> tuple[Wire, Wire, Wire, Wire]:
+        """All-to-alls with these shares: out until all are done, out until `place` has its own, back until all are
+        done, and back until the first is done.
         """
-        out = self._load_wire("all_to_all", algorithm, members, share_GG, hottest=members[place])
-        back = self._load_wire("all_to_all", algorithm, members, np.ascontiguousarray(share_GG.T))
-        return (*out, back[0])
+        out = self._pattern("all_to_all", algorithm, members, share_GG)
+        back = self._pattern("all_to_all", algorithm, members, np.ascontiguousarray(share_GG.T))
+        own = (out.source_F == members[place]) | (out.target_F == members[place])
+        return (
+            self._busiest(out),
+            self._busiest(out, own | (out.phase_F < out.phase_F.max(initial=0))),
+            self._busiest(back),
+            self._first_done(back, members),
+        )
 
-    def _load_wire(
-        self, operation: str, algorithm: str, members: tuple[int, ...], share_GG: Floats | None, *, hottest: int = -1
-    ) -> tuple[Wire, Wire]:
+    def _pattern(
+        self, operation: str, algorithm: str, members: tuple[int, ...], share_GG: Floats | None = None
+    ) -> Pattern:
         exchange = Exchange(
             kind="", operation=operation, algorithm=algorithm, groups_NG=np.array([members], np.int64), size_bytes=1.0,
             share_GG=share_GG,
         )  # fmt: skip
-        pattern = expand(exchange, self.scenario.cluster)
-        everyone = np.ones(len(pattern.source_F), bool)
-        mine = (pattern.source_F == hottest) | (pattern.target_F == hottest)
-        return self._busiest(pattern, everyone), self._busiest(
-            pattern, mine | (pattern.phase_F < pattern.phase_F.max(initial=0))
-        )
+        return expand(exchange, self.scenario.cluster)
 
-    def _busiest(self, pattern: Pattern, chosen_F: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Wire:
-        """Over the phases: their latency and the busiest link of the chosen transfers."""
+    def _first_done(self, pattern: Pattern, members: tuple[int, ...]) -> Wire:
+        """Until one place has sent and got its own: by the links at its ends, behind the phases before the last."""
+        last = pattern.phase_F == pattern.phase_F.max(initial=0)
+        paths, share = pattern.paths_FH[last], pattern.share_F[last]
+        bandwidth_K, each = self.scenario.cluster.bandwidth_bytes_per_s_K, np.arange(len(paths))
+        per_byte_R = np.zeros(max(members) + 1)
+        ends = ((pattern.source_F, 0 * each), (pattern.target_F, (paths >= 0).sum(axis=1) - 1))
+        for rank_F, hop in ends:
+            link = paths[each, hop]
+            both, index = np.unique(np.stack([rank_F[last], link]), axis=1, return_inverse=True)
+            load = np.bincount(index.ravel(), weights=share)
+            np.maximum.at(per_byte_R, both[0], load / bandwidth_K[both[1]])
+        least = float(per_byte_R[list(members)].min())
+        before = self._busiest(pattern, ~last)
+        if least == 0:
+            return Wire(latency_s=0.0, per_byte_s=0.0)
+        return Wire(latency_s=before.latency_s, per_byte_s=before.per_byte_s + least)
+
+    def _busiest(self, pattern: Pattern, chosen_F: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None) -> Wire:
+        """Over the phases: their latency and the busiest link of the chosen transfers, or of all."""
+        chosen_F = np.ones(len(pattern.source_F), bool) if chosen_F is None else chosen_F
         latency = per_byte = 0.0
         for phase in range(int(pattern.phase_F.max(initial=-1)) + 1):
             now = pattern.phase_F == phase

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from moeplan.domain.result import Evaluated, PlanResult, RunnerUp
 from moeplan.partition import footprint
 from moeplan.planners._search import Search, Tried
+from moeplan.units import show
 
 _SHOWN = 8
 _WORDS = {
@@ -63,7 +64,7 @@ def runners_up(search: Search) -> list[RunnerUp]:
     known = [tried.plan for tried in search.tried]
     for bound_s, plan in sorted(search.bounded, key=lambda each: each[0]):
         if plan not in known:
-            reason = f"cannot take less than {bound_s:.4g} s, {_percent(bound_s, best.step_s)}"
+            reason = f"cannot take less than {show(bound_s, 's')}, {_percent(bound_s, best.step_s)}"
             found.append(RunnerUp(plan=plan, lower_bound_s=bound_s, step_s=None, reason=reason))
     shown = found[:_SHOWN]
     if search.too_big is not None and search.too_big[0] < best.step_s:
@@ -80,7 +81,7 @@ def _why(tried: Tried, best: Tried) -> str:
     more = {cause: seconds - best.causes_s[cause] for cause, seconds in tried.causes_s.items()}
     cause = max(more, key=more.__getitem__)
     words = _WORDS.get(cause, cause.replace("_", " "))
-    return f"{_percent(tried.step_s, best.step_s)}: {more[cause]:.4g} s more {words}"
+    return f"{_percent(tried.step_s, best.step_s)}: {show(more[cause], 's')} more {words}"
 
 
 def _percent(slow_s: float, fast_s: float) -> str:

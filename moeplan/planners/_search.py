@@ -24,7 +24,7 @@ from moeplan.simulator.simulate import simulate
 Progress = Callable[[str, float, float], None]
 _ROUNDING = 1e-9
 """Bounds and simulation add the same numbers in another order."""
-EFFORT_TASKS, EFFORT_PLANS = 150_000, 3
+EFFORT_TASKS, EFFORT_PLANS = 100_000, 3
 """Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an
 amount of work, not of time, so that the answer is the same anywhere."""
 KEPT = 64

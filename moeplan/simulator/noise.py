@@ -33,8 +33,13 @@ class Noise:
 def factors(program: Program, noise: Noise) -> Floats:
     """What each task's time is multiplied with. A lane goes at the pace of the slowest of its ranks.
 
-    The slowest of n independent ranks is drawn at once: the quantile u^(1/n) of a uniform u.
+    The slowest of n independent ranks is drawn at once: the quantile u^(1/n) of a uniform u. Raises SimulationError
+    for more stragglers than GPUs.
     """
+    if noise.stragglers > program.num_gpus:
+        raise SimulationError(
+            f"noise: {noise.stragglers} stragglers are more than the GPUs there are; use at most {program.num_gpus}"
+        )
     rng = np.random.default_rng(noise.seed)
     tasks = program.tasks
     factor = np.ones(len(tasks))
@@ -44,7 +49,7 @@ def factors(program: Program, noise: Noise) -> Floats:
         quantile = rng.random(int(compute.sum())) ** (1 / ranks[compute])
         normal = np.array([NormalDist().inv_cdf(min(max(q, 1e-300), 1 - 1e-16)) for q in quantile])
         factor[compute] = np.exp(noise.jitter * normal)
-    slow = rng.choice(program.num_gpus, size=min(noise.stragglers, program.num_gpus), replace=False)
+    slow = rng.choice(program.num_gpus, size=noise.stragglers, replace=False)
     slow_lanes = [number for number, lane in enumerate(program.lanes) if np.isin(lane.ranks_R, slow).any()]
     factor[compute & np.isin(tasks.lane_T, slow_lanes)] *= noise.slowdown
     return factor

@@ -20,18 +20,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplan import menu
+from moeplan import catalogue, menu
+from moeplan.compiler.compile_plan import compile_plan
+from moeplan.domain.plan import Plan
 from moeplan.domain.program import Exchange, Flows, Lane, Program, Rendezvous, Tasks, Work
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import MoeplanError
 from moeplan.exporters import traffic, write_atomically
+from moeplan.partition.ranks import ranks_of_stage
 
 NAMES = menu.names("exporters")
 DISHES = [(name, suffix) for name in NAMES for suffix in menu.module("exporters", name).SUFFIXES]
 HOSTILE = "<script>alert(1)</script>\n\x00$\\frac{1}{0}$ \u8eab,\"'=cmd|" + "x" * 100_000
 ROWS = (  # lane, stream, unit, pass, layer, micro-batch, start and end in us
-    (0, 0, 0, 0, 0, 0, 0, 10), (0, 2, 0, 0, 0, 0, 10, 14), (0, 4, 2, 0, -1, 0, 14, 15), (1, 4, 2, 0, -1, 0, 14, 15),
-    (1, 0, 0, 0, 1, 0, 15, 25), (1, 2, 1, 0, 1, 0, 25, 29), (1, 0, 0, 1, 1, 0, 27, 47), (0, 2, 0, 0, 0, 0, 48, 52),
+    (0, 0, 0, 0, 0, 0, 0, 10), (0, 2, 0, 0, 0, 0, 10, 14), (0, 4, 2, 0, -1, 0, 14, 15), (1, 0, 0, 0, 1, 0, 15, 25),
+    (1, 2, 1, 0, 1, 0, 25, 29), (1, 0, 0, 1, 1, 0, 27, 47), (0, 2, 0, 0, 0, 0, 48, 52),
     (0, 3, 3, 4, -1, -1, 52, 60), (0, 0, 1, 4, -1, -1, 60, 62),
 )  # fmt: skip
 DISPATCHES, SENDS, GRADIENTS = 0, 1, 2
@@ -55,7 +58,7 @@ def build_timeline(*, work: str = "attention", rows: tuple[tuple[int, ...], ...]
         meetings=(
             Rendezvous(exchange=DISPATCHES, lanes=(0,), phases=()),
             Rendezvous(exchange=DISPATCHES, lanes=(1,), phases=()),
-            Rendezvous(exchange=SENDS, lanes=(0, 1), phases=()),
+            Rendezvous(exchange=SENDS, lanes=(0,), phases=()),
             Rendezvous(exchange=GRADIENTS, lanes=(0,), phases=()),
         ),
         flows=Flows(
@@ -66,8 +69,8 @@ def build_timeline(*, work: str = "attention", rows: tuple[tuple[int, ...], ...]
             lane_T=columns[0], stream_T=columns[1], unit_T=columns[2], pass_T=columns[3], layer_T=columns[4],
             microbatch_T=columns[5], chunk_T=np.zeros_like(columns[0]),
         ),
-        before_D=np.array([0, 1, 3][: len(rows)], dtype=np.int64),
-        after_D=np.array([1, 2, 4][: len(rows)], dtype=np.int64), arbitration="fair",
+        before_D=np.array([0, 1, 2][: len(rows)], dtype=np.int64),
+        after_D=np.array([1, 2, 3][: len(rows)], dtype=np.int64), arbitration="fair",
         micro_op_bytes=0.0, step_tokens=4096, model_flops=1e12, num_gpus=4,
     )  # fmt: skip
     start, end = columns[6] * 1e-6, columns[7] * 1e-6
@@ -256,7 +259,7 @@ def test_the_table_accounts_for_every_second_of_the_step(tmp_path: Path) -> None
         assert row["compute_s"] + row["exposed_s"] + row["idle_s"] == pytest.approx(found["step_s"])
     second = found["lanes"][1]
     assert second["compute_s"] == pytest.approx(30e-6)
-    assert second["exposed_s"] == pytest.approx(3e-6)
+    assert second["exposed_s"] == pytest.approx(2e-6)
     assert second["exchange_dispatch_s"] == pytest.approx(4e-6)
 
 
@@ -290,9 +293,9 @@ def test_traffic_is_the_same_for_folded_and_unfolded_lanes() -> None:
     meetings = (
         replace(dispatch_0, lanes=(0, 1)),
         replace(dispatch_1, lanes=(2, 3)),
-        replace(send, lanes=(0, 2)),
+        send,
         replace(gradients, lanes=(0, 1)),
-        replace(send, lanes=(1, 3)),
+        replace(send, lanes=(1,)),
     )
     rows = tuple((2 * row[0] + member, *row[1:]) for row in ROWS for member in (0, 1))
     tasks = build_timeline(rows=rows).program.tasks
@@ -318,3 +321,29 @@ def test_a_chart_of_a_window_by_kind_is_another_picture(tmp_path: Path) -> None:
     chart(build_timeline(), tmp_path / "a.svg", window_s=(0.0, 20e-6), color_by="kind")
     chart(build_timeline(), tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_what_stages_send_one_another_is_in_the_traffic_of_a_compiled_program(folded: bool) -> None:
+    given = catalogue.scenario_from(model="tiny-moe", cluster="hgx-h100-rail", nodes=1, global_batch=32, sequence=512)
+    plan = Plan(pp=2, dp=4, ep=4, stages=(2, 2))
+    bytes_RR = traffic(compile_plan(plan, given, folded=folded))
+    once = given.workload.step_tokens * given.model.hidden_size * 2.0
+    is_first = np.isin(np.arange(8), ranks_of_stage(plan, 0))
+    assert bytes_RR[np.ix_(is_first, ~is_first)].sum() == pytest.approx(once)
+    assert bytes_RR[np.ix_(~is_first, is_first)].sum() == pytest.approx(once)
+
+
+def test_a_chart_names_every_colour_that_it_shows_and_what_its_numbers_are(tmp_path: Path) -> None:
+    menu.load("exporters", "gantt", "export")(build_timeline(), tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    for words in ("forward", "backward", "once a step", "dispatch", "gradients", "send", "number in a bar", "(2 GPUs)"):
+        assert words in text
+
+
+@pytest.mark.parametrize(("lowest", "largest"), [(2.1e6, 2.2e6), (1.0, 1e6), (3e4, 8e6), (1e7, 1e8)])
+def test_both_ends_of_the_colours_of_traffic_are_labelled(lowest: float, largest: float) -> None:
+    ticks = menu.module("exporters", "heatmap")._ticks(lowest, largest)
+    assert (ticks[0], ticks[-1]) == (lowest, largest)
+    assert ticks == sorted(set(ticks))
+    assert len(ticks) <= 10

@@ -126,6 +126,13 @@ def test_flags_change_a_scenario_that_is_named() -> None:
         (["simulate", SMALL, "--seed", "1"], "--jitter"),
         (["simulate", SMALL, "--slowdown", "2"], "--stragglers"),
         (["simulate", SMALL, "--jitter", "7"], "0 to 2"),
+        (["simulate", SMALL, "--plot", "step.png", "--heatmap", "./step.png"], "is asked for twice"),
+        (["plan", SMALL, "--nodes", "0"], "--nodes: 0 is not allowed"),
+        (["plan", SMALL, "--seq", "0"], "--seq: 0 is not allowed"),
+        (["plan", SMALL, "--phase", "training"], "--phase: unknown value 'training'; did you mean 'train'?"),
+        (["what-if", SMALL, "nodes=0"], "what-if nodes: 0 is not allowed"),
+        (["what-if", SMALL, "nodez=2"], "what-if nodez: is not the path of a field; did you mean 'nodes'?"),
+        (["plan", SMALL, "--set", "routing.router=multinomial", "--set", "routing.x=1"], "takes no options; remove it"),
         (["simulate", SMALL, "--plot", "step.xyz"], ".png"),
         (["simulate", SMALL, "--trace", "no/such/folder/step.json"], "there is no folder"),
         (["export", "tabel", "step.csv", SMALL], "did you mean 'table'"),
@@ -137,6 +144,7 @@ def test_flags_change_a_scenario_that_is_named() -> None:
         (["what-if", SMALL, "nodez=1"], "nodez"),
         (["list", "modelz"], "did you mean 'models'"),
         (["show", "mixtral-8x7c"], "did you mean 'mixtral-8x7b'"),
+        (["show", "h100"], "did you mean 'h100-sxm'"),
         (["sources", "mixtral-8x7c"], "did you mean 'mixtral-8x7b'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -174,7 +182,23 @@ def test_a_bare_plan_needs_its_scenario_named(plan_json: Path, tmp_path: Path) -
     bare = tmp_path / "bare.json"
     bare.write_text(json.dumps(json.loads(plan_json.read_text())["plan"]))
     assert "name the scenario" in refusal("simulate", "--plan", str(bare))
-    assert run("simulate", SMALL, *SET, "--plan", str(bare), "--json").document["plan"]["schema"] == "moeplan.plan/v1"
+    assert run("simulate", SMALL, "--plan", str(bare), "--json").document["plan"]["schema"] == "moeplan.plan/v1"
+
+
+def test_choices_are_refused_beside_a_plan_that_has_chosen(plan_json: Path) -> None:
+    said = refusal("simulate", "--plan", str(plan_json), "--set", "choose.tp=2")
+    assert "--set choose.tp: choose has no effect on a given plan; " in said
+
+
+def test_a_plan_of_another_size_is_refused_with_its_file_and_a_remedy(plan_json: Path) -> None:
+    said = refusal("simulate", "small-8-gpus", "--plan", str(plan_json))
+    assert said.startswith(f"moeplan: {plan_json}: plan: ")
+    assert "but the cluster has 8; plan again, or use the scenario that the plan was made for" in said
+
+
+def test_more_stragglers_than_gpus_are_refused(plan_json: Path) -> None:
+    assert "99 stragglers" in (said := refusal("simulate", "--plan", str(plan_json), "--stragglers", "99"))
+    assert "use at most 2" in said
 
 
 def test_a_scenario_can_be_changed_under_a_plan(plan_json: Path) -> None:
@@ -300,6 +324,14 @@ def test_sources_prints_the_bibliography() -> None:
     assert all(row["figure"] in out and row["cite"] in out for row in rows)
 
 
+@pytest.mark.parametrize("words", [("sources", SMALL), ("show", "deepseek-v3-2048xh800")])
+def test_a_narrow_terminal_folds_notes_and_never_a_key(words: tuple[str, str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.split() for line in run(*words).out.splitlines()]
+    shown = {cells[0] for cells in lines if cells}
+    assert {row.figure for row in catalogue.sources(words[1])} - shown <= {"model.dimensions"}
+
+
 # A process of its own
 
 
@@ -309,7 +341,10 @@ def command(*words: str, flags: tuple[str, ...] = ()) -> list[str]:
 
 def test_it_works_without_assertions(plan_json: Path) -> None:
     done = subprocess.run(command("plan", SMALL, *SET, "--json", flags=("-O",)), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith("planning ") for line in done.stderr.splitlines()), (
+        "how far a slow machine is, if anything"
+    )
     assert done.stdout == plan_json.read_text()
     done = subprocess.run(command("plan", "nope", flags=("-O",)), capture_output=True, text=True)
     assert done.returncode == 2

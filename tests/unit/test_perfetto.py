@@ -26,7 +26,7 @@ READ_BY_PERFETTO = {"process_name", "thread_name", "process_sort_index", "thread
 
 
 class Builder:
-    """Tasks one after another, each as early as its stream, its dependencies and, for a send, its partner allow."""
+    """Tasks one after another, each as early as its stream and its dependencies allow."""
 
     def __init__(self, seed: int, idle_share: float) -> None:
         self.rng, self.idle_share = np.random.default_rng(seed), idle_share
@@ -39,17 +39,14 @@ class Builder:
     def duration(self) -> float:
         return 0.0 if self.rng.random() < self.idle_share else float(self.rng.random()) * 1e-5
 
-    def add(
-        self, lanes: tuple[int, ...], stream: int, unit: int, *, what: tuple[int, int, int], after: list[int]
-    ) -> int:
-        start = max([self.free[lane, stream] for lane in lanes] + [self.end[task] for task in after])
+    def add(self, lane: int, stream: int, unit: int, *, what: tuple[int, int, int], after: list[int]) -> int:
+        start = max([self.free[lane, stream]] + [self.end[task] for task in after])
         end = start + self.duration()
-        for lane in lanes:
-            self.pairs += [(task, len(self.rows)) for task in after if self.rows[task][0] == lane]
-            self.rows.append((lane, stream, unit, *what))
-            self.start.append(start)
-            self.end.append(end)
-            self.free[lane, stream] = end
+        self.pairs += [(task, len(self.rows)) for task in after]
+        self.rows.append((lane, stream, unit, *what))
+        self.start.append(start)
+        self.end.append(end)
+        self.free[lane, stream] = end
         return len(self.rows) - 1
 
 
@@ -60,12 +57,12 @@ def pipeline(*, stages: int = 3, micro_batches: int = 4, layers: int = 2, seed: 
         last: list[int] = []
         for stage in range(stages):
             for layer in range(stage * layers, (stage + 1) * layers):
-                last = [build.add((stage,), COMPUTE, 0, what=(0, layer, batch), after=last)]
-                last = [build.add((stage,), EXPERT, stage, what=(0, layer, batch), after=last)]
+                last = [build.add(stage, COMPUTE, 0, what=(0, layer, batch), after=last)]
+                last = [build.add(stage, EXPERT, stage, what=(0, layer, batch), after=last)]
             if stage < stages - 1:
-                last = [build.add((stage, stage + 1), PIPELINE, stages + stage, what=(0, -1, batch), after=last)]
+                last = [build.add(stage, PIPELINE, stages + stage, what=(0, -1, batch), after=last)]
     for stage in range(stages):
-        build.add((stage,), COMPUTE, 1, what=(4, -1, -1), after=[])
+        build.add(stage, COMPUTE, 1, what=(4, -1, -1), after=[])
     return Timeline(
         program=_program(build, stages),
         start_s_T=np.array(build.start),
@@ -85,7 +82,7 @@ def _program(build: Builder, stages: int) -> Program:
         exchanges=(every, *sends),
         meetings=(
             *(Rendezvous(exchange=0, lanes=(stage,), phases=()) for stage in range(stages)),
-            *(Rendezvous(exchange=1 + s, lanes=(s, s + 1), phases=()) for s in range(stages - 1)),
+            *(Rendezvous(exchange=1 + s, lanes=(s,), phases=()) for s in range(stages - 1)),
         ),
         flows=Flows(
             share_C=floats, count_C=ints, crossing_CK=np.zeros((0, 0)), capacity_bytes_per_s_K=floats, link_kind_K=(),
@@ -178,7 +175,7 @@ def test_an_arrow_leads_from_what_is_sent_to_what_waits_for_it(events: list[dict
     for event in kind(events, "s", "t", "f"):
         points[event["id"]].append((event["pid"], slices[event["pid"], event["tid"], event["ts"]]))
     assert len(points) == 2 * 4
-    assert points[1] == [(1, "dispatch L1 F m0"), (1, "send F m0"), (2, "send F m0"), (2, "attention L2 F m0")]
+    assert points[1] == [(1, "dispatch L1 F m0"), (1, "send F m0"), (2, "attention L2 F m0")]
 
 
 def test_another_dependency_between_lanes_is_an_arrow_too(tmp_path: Path) -> None:
@@ -252,7 +249,7 @@ def test_a_cut_trace_keeps_whole_micro_batches_and_says_so(most: int, tmp_path: 
     assert len(events) <= most
     tasks, kept = timeline.program.tasks, np.array([event["args"]["task"] for event in kind(events, "X")])
     in_trace = np.bincount(tasks.microbatch_T[kept][tasks.microbatch_T[kept] >= 0], minlength=500)
-    assert set(in_trace.tolist()) == {0, 2 * 3 * 2 + 4}
+    assert set(in_trace.tolist()) == {0, 2 * 3 * 2 + 2}
     assert (tasks.microbatch_T[kept] == -1).sum() == 3
     chosen = np.flatnonzero(in_trace)
     assert np.ptp(np.diff(chosen)) <= 1
