@@ -110,12 +110,14 @@ class Bounds:
     """Bounds of the branches of one scenario."""
 
     scenario: Scenario
+    coarse: bool = False
+    """Price uneven routing as if it were even, and no higher than that can cost: fast, and still a bound."""
     prices: Prices = field(init=False)
     _chains: dict[tuple[object, ...], Chains] = field(default_factory=dict)
     _shapes: dict[tuple[object, ...], Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.prices = Prices(self.scenario)
+        self.prices = Prices(self.scenario, coarse=self.coarse)
 
     @cached_property
     def training(self) -> bool:
@@ -208,7 +210,7 @@ class Bounds:
             for kind in shape.extra:
                 weight_gradient[-1] += chains.weights[kind] + ends[1, _W] + ends[2, _W]
         early = chains.exchanges[0].early
-        if outline_of(layout, self.training).splits and not self.prices.is_even:
+        if outline_of(layout, self.training).splits and (self.coarse or not self.prices.is_even):
             weight_gradient = np.maximum(weight_gradient - early, 0.0)
             ahead = self._ahead_s(chains)
             forward, backward, input_gradient = (
@@ -383,7 +385,7 @@ class Bounds:
         assert experts is not None
         parts_O = np.array(branch.overlap_degree, np.float64)
         tokens, _ = load.traffic(kind.moe)
-        elements_O = tokens * experts.expert_input / parts_O / grid.etp
+        elements_O = tokens * prices.spread(load) * experts.expert_input / parts_O / grid.etp
         there_O, back_O = (elements_O * prices.element_bytes(way) for way in ("dispatch", "combine"))
         for a, algorithm in enumerate(branch.all_to_all if grid.ep > 1 else ()):
             if prices.is_even:
@@ -393,7 +395,8 @@ class Bounds:
             out["d"][:, a] = both.latency_s + both.per_byte_s * there_O
             out["h"][:, a] = own.latency_s + own.per_byte_s * there_O
             out["b"][:, a] = home.latency_s + home.per_byte_s * back_O
-            out["e"][:, a] = out["b"][:, a] - first.latency_s - first.per_byte_s * back_O
+            first_s = 0.0 if self.coarse else first.latency_s + first.per_byte_s * back_O
+            out["e"][:, a] = out["b"][:, a] - first_s
         if grid.etp > 1:
             wire, width = cheapest(prices, grid, "etp"), experts.expert_input * prices.element_bytes("activations")
             for o, parts in enumerate(branch.overlap_degree):

@@ -16,7 +16,7 @@ from moeplan.compiler.traffic import Pattern, expand
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.model import Layer
 from moeplan.domain.plan import DTYPE_BYTES, Capacity, Plan
-from moeplan.domain.program import Exchange, Floats, Pass
+from moeplan.domain.program import Exchange, Floats, Pass, Work
 from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Load, Tokens, load_of
 
@@ -46,6 +46,7 @@ class Prices:
     """Costs by what they depend on."""
 
     scenario: Scenario
+    coarse: bool = False
     cache: dict[tuple[object, ...], object] = field(default_factory=dict)
 
     @cached_property
@@ -59,7 +60,7 @@ class Prices:
 
         And before tokens are dropped: what evens out many tokens leaves few uneven.
         """
-        if self.scenario.routing is None:
+        if self.scenario.routing is None or self.coarse:
             return True
         experts = min(layer.experts.num_experts for layer in self.scenario.model.all_layers if layer.experts)
         capacity = self.scenario.choices.capacity
@@ -145,7 +146,19 @@ class Prices:
         return Parts(model=self.scenario.model, plan=plan, workload=self.scenario.workload, load=load)
 
     def _seconds(self, parts: Parts, unit: int | None) -> float:
-        return 0.0 if unit is None else self.cost_model.cost(parts.works[unit]).seconds
+        if unit is None:
+            return 0.0
+        work = parts.works[unit]
+        return self._least_s(work) if self.coarse and work.kind == "experts" else self.cost_model.cost(work).seconds
+
+    def _least_s(self, work: Work) -> float:
+        """Of a work whose rows may be spread in any way over its experts: no tile is wasted, no weight read."""
+        gpu, total = self.cost_model.gpu, 0.0
+        for kernel in work.kernels:
+            grouped = kernel.kind == "grouped_gemm"
+            peak = gpu.peak_flops_per_s[self.scenario.choices.precision.compute] * gpu.grouped_gemm_efficiency
+            total += max(kernel.flops / peak if grouped else self.cost_model.kernel_s(kernel), gpu.kernel_launch_s)
+        return total
 
     def load(self, ep: int, etp: int, tp: int, cp: int, micro_batch: int) -> tuple[Plan, Load | None]:
         """The routing of one micro-batch over `ep` places."""
@@ -153,8 +166,23 @@ class Prices:
         if key not in self.cache:
             plan = self._plan(ep=ep, etp=etp, tp=tp, cp=cp, micro_batch=micro_batch)
             tokens = Tokens.of(plan, self.scenario.workload).rank
-            self.cache[key] = (plan, load_of(self.scenario, plan, rank_tokens=tokens))
+            load = load_of(self.scenario, plan, rank_tokens=tokens)
+            self.cache[key] = (plan, self._evened(load) if load and self.coarse else load)
         return self.cache[key]  # type: ignore[return-value]
+
+    def _evened(self, load: Load) -> Load:
+        """The mean of all places, rounded down as whole tokens are: no more than the place that gets most."""
+        evened = []
+        for table in load.tokens_SE_by_layer:
+            rows = max(0.0, np.floor(table.sum() / table.shape[1] - 0.5))
+            evened.append(np.broadcast_to(np.float64(rows / len(table)), table.shape))
+        found = Load(tokens_SE_by_layer=tuple(evened), num_places=load.num_places, is_even=True)
+        self.cache["spread", id(found)] = (_least_spread(load), found)
+        return found
+
+    def spread(self, load: Load) -> float:
+        """What part of the traffic of even routing there is at least between places, and between blocks of places."""
+        return self.cache["spread", id(load)][0] if self.coarse else 1.0  # type: ignore[index]
 
     def experts(self, plan: Plan, load: Load | None, *, recompute: str, parts: int) -> Floats:
         """Seconds [kind, which, pass] of the experts on the smallest of `parts` parts, at two places.
@@ -294,3 +322,15 @@ def hottest_of_all(load: Load) -> int:
 def _by_place(load: Load, moe: int) -> Floats:
     by_expert = load.tokens_SE_by_layer[moe].sum(axis=0)
     return np.asarray(by_expert.reshape(load.num_places, -1).sum(axis=1))
+
+
+def _least_spread(load: Load) -> float:
+    """What leaves blocks of neighbouring places over what would if all were even: the least of all layers."""
+    least, places = 1.0, load.num_places
+    for table in load.tokens_SE_by_layer:
+        total = table.sum()
+        share_GG = table.reshape(len(table), places, -1).sum(axis=2) / total if total else np.zeros((1, 1))
+        for block in (size for size in range(1, places) if places % size == 0):
+            cut = share_GG.reshape(places // block, block, places // block, block).sum(axis=(1, 3))
+            least = min(least, float((cut.sum() - np.trace(cut)) / (1 - block / places)))
+    return least

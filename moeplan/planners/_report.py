@@ -64,7 +64,10 @@ def runners_up(search: Search) -> list[RunnerUp]:
     known = [tried.plan for tried in search.tried]
     for bound_s, plan in sorted(search.bounded, key=lambda each: each[0]):
         if plan not in known:
-            reason = f"cannot take less than {show(bound_s, 's')}, {_percent(bound_s, best.step_s)}"
+            seconds = show(bound_s, "s")
+            reason = f"cannot take less than {seconds}, {_percent(bound_s, best.step_s)}"
+            if bound_s < best.step_s:
+                reason = f"not simulated; might take as little as {seconds}"
             found.append(RunnerUp(plan=plan, lower_bound_s=bound_s, step_s=None, reason=reason))
     shown = found[:_SHOWN]
     if search.too_big is not None and search.too_big[0] < best.step_s:

@@ -22,11 +22,15 @@ from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
 
 Progress = Callable[[str, float, float], None]
+_PATIENCE = 5
+"""Times the time limit that the search goes on for as long as it has no plan at all."""
 _ROUNDING = 1e-9
 """Bounds and simulation add the same numbers in another order."""
 EFFORT_TASKS, EFFORT_PLANS = 100_000, 3
 """Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an
 amount of work, not of time, so that the answer is the same anywhere."""
+EFFORT_LOOK = 5_000
+"""Tasks that could be simulated while a plan is looked at layer by layer, as uneven routing asks for."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
 
@@ -85,6 +89,7 @@ class Search:
     front_s: float = 0.0
     proven: bool = False
     simulated_tasks: int = 0
+    looked_at: int = 0
     _queue: list[_Entry] = field(default_factory=list)
     _count: int = 0
 
@@ -93,6 +98,8 @@ class Search:
             raise InfeasibleError(no_layout(self.space))
         self.scenario = self.space.scenario
         self.steps = StepBounds(Bounds(self.scenario))
+        even = self.steps.bounds.prices.is_even
+        self.coarse = self.steps if even else StepBounds(Bounds(self.scenario, coarse=True))
         self.cost_model = CostModel(gpu=self.scenario.cluster.gpu)
 
     @property
@@ -129,7 +136,7 @@ class Search:
         for entry in self._queue:
             if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
                 if entry.rank == 0:
-                    bounds = self.steps.branch_s(entry.what)  # type: ignore[arg-type]
+                    bounds = self.coarse.branch_s(entry.what)  # type: ignore[arg-type]
                     total += int((bounds < self.best.step_s).sum()) * len(entry.what.arbitration)  # type: ignore[attr-defined]
                 elif entry.rank == 1:
                     opened: _Opened = entry.what  # type: ignore[assignment]
@@ -140,16 +147,17 @@ class Search:
 
     def _is_over(self, started: float) -> bool:
         if self.time_limit_s is not None:
-            return time.monotonic() - started > self.time_limit_s
-        enough = self.simulated_tasks >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
-        return self.gap is None and enough
+            limit_s = self.time_limit_s * (1 if self.best else _PATIENCE)
+            return time.monotonic() - started > limit_s
+        work = self.simulated_tasks + (0 if self.coarse is self.steps else self.looked_at * EFFORT_LOOK)
+        return self.gap is None and work >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
 
     def _bound_branches(self) -> None:
         branches = self.space.branches
         for number, branch in enumerate(branches):
             if self.progress is not None and number % 500 == 0:
                 self.progress("bounding layouts", number, len(branches))
-            self._push(float(self.steps.bounds.pipeline_s(branch).min()), 0, branch)
+            self._push(float(self.coarse.bounds.pipeline_s(branch).min()), 0, branch)
 
     def _push(self, bound_s: float, rank: int, what: object) -> None:
         self._count += 1
@@ -168,16 +176,19 @@ class Search:
 
     def _open(self, branch: Branch) -> None:
         """The plans of a branch that fit, best bound first."""
-        bounds = self.steps.branch_s(branch)
         sizes = [len(values) for values in branch.lists]
-        every = np.broadcast_to(bounds[..., None], (*bounds.shape, sizes[-1])).ravel()
         share = np.broadcast_to(self._filled(branch)[..., None], sizes).ravel()
+        if (share > 1).all():
+            self._remember_smallest(branch, share, np.full(len(share), np.inf))
+            self.infeasible += len(share)
+            return
+        bounds = self.coarse.branch_s(branch)
+        every = np.broadcast_to(bounds[..., None], (*bounds.shape, sizes[-1])).ravel()
         self._remember_smallest(branch, share, every)
         order = np.argsort(every, kind="stable")
         order = order[share[order] <= 1]
         self.infeasible += len(every) - len(order)
-        if len(order):
-            self._push(float(every[order[0]]), 1, _Opened(branch, every, order))
+        self._push(float(every[order[0]]), 1, _Opened(branch, every, order))
 
     def _filled(self, branch: Branch) -> Floats:
         """Share of the usable memory that the fullest rank needs, by all choices but arbitration."""
@@ -194,10 +205,10 @@ class Search:
             ]
         )
         found = np.full(sizes[:6], np.inf)
-        if staying.max(axis=2).min() > usable:
-            found[:] = staying.max(axis=2) / usable
-            return found
+        hopeless = staying.max(axis=2).min() > usable
         for m, r, o in np.ndindex(sizes[0], sizes[1], sizes[3]):
+            if hopeless and (m, r, o) != (0, sizes[1] - 1, 0):
+                continue  # one of the leanest is enough to tell by how much it fails
             passing = footprint.held(plan(m, r, 0, o, 0, 0, 0), self.scenario).total_P
             found[m, r, :, o] = (staying + passing).max(axis=2) / usable
         return found
@@ -219,6 +230,7 @@ class Search:
         if opened.at < len(opened.order):
             self._push(float(opened.bounds_s[opened.order[opened.at]]), 1, opened)
         closer = max(bound_s, self.steps.plan_s(plan))
+        self.looked_at += 1
         self._push(closer, 2, plan)
         self.bounded.append((closer, plan))
         if len(self.bounded) > 4 * KEPT:
