@@ -34,6 +34,7 @@ from moeplan.partition.legal import problems
 from moeplan.partition.micro_batch import TOKENS, Asked, Rows, asked_of, rows_of
 from moeplan.partition.stages import VirtualStage, pipeline
 from moeplan.partition.weights import weights_of
+from moeplan.units import show
 
 _STAGES = ("dp", "pp", "vpp", "stages", "schedule")
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "logits", "cache")
@@ -255,14 +256,10 @@ def check_memory(plan: Plan, scenario: Scenario) -> str | None:
         return None
     name = max(_PARTS, key=lambda part: float(getattr(worst, part)))
     return (
-        f"stage {worst.stage} needs {_gigabytes(worst.total)} of {_gigabytes(worst.usable)} usable, "
-        f"{_gigabytes(worst.total - worst.usable)} too much; most of it is {name}, "
-        f"{_gigabytes(getattr(worst, name))}; {_remedy(plan, scenario, worst)}"
+        f"stage {worst.stage} needs {show(worst.total, 'B')} of {show(worst.usable, 'B')} usable, "
+        f"{show(worst.total - worst.usable, 'B')} too much; most of it is {name}, "
+        f"{show(getattr(worst, name), 'B')}; {_remedy(plan, scenario, worst)}"
     )
-
-
-def _gigabytes(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.2f} GB"
 
 
 def _remedy(plan: Plan, scenario: Scenario, worst: StageMemory) -> str:

@@ -17,7 +17,7 @@ from moeplan.domain.program import Floats
 from moeplan.errors import InfeasibleError
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
-from moeplan.planners._space import Branch, Space
+from moeplan.planners._space import Branch, Space, no_layout
 from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
 
@@ -95,7 +95,7 @@ class Search:
 
     def __post_init__(self) -> None:
         if not self.space.branches:
-            raise InfeasibleError(no_layout(self.space))
+            raise InfeasibleError(no_layout(self.space.scenario))
         self.scenario = self.space.scenario
         self.steps = StepBounds(Bounds(self.scenario))
         even = self.steps.bounds.prices.is_even
@@ -253,14 +253,6 @@ class Search:
             self.best = found
         if self.progress is not None:
             self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
-
-
-def no_layout(space: Space) -> str:
-    """Why there is not a single legal plan."""
-    scenario = space.scenario
-    gpus, batch = scenario.cluster.num_gpus, scenario.workload.global_batch
-    found = f"no layout of {gpus} GPUs divides heads, experts, layers and a global batch of {batch} under `choose`"
-    return f"{scenario.name}: {found}; widen choose or use a batch divisible by more numbers"
 
 
 def no_time(search: Search) -> str:

@@ -10,7 +10,7 @@ largest forward FLOP of a stage (embedding, head and multi-token prediction with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import product
 from math import lcm
@@ -113,8 +113,8 @@ class Space:
 def _branches(scenario: Scenario) -> Iterator[Branch]:
     for layout in _layouts(scenario):
         micro_batches = _micro_batches(scenario, layout)
-        if micro_batches:
-            yield _branch(scenario, layout, micro_batches)
+        if micro_batches and (branch := _branch(scenario, layout, micro_batches)).size:
+            yield branch
 
 
 def _branch(scenario: Scenario, layout: Layout, micro_batches: tuple[int, ...]) -> Branch:
@@ -129,7 +129,7 @@ def _branch(scenario: Scenario, layout: Layout, micro_batches: tuple[int, ...]) 
         micro_batch=micro_batches,
         recompute=(choices.recompute or RECOMPUTE) if training else ("none",),
         all_to_all=_algorithms(scenario, layout),
-        overlap_degree=(choices.overlap_degree or OVERLAP_DEGREES) if layout.ep > 1 else (1,),
+        overlap_degree=_overlap_degrees(scenario, layout),
         zero_dense=zero[0],
         zero_expert=zero[1],
         arbitration=(choices.arbitration or ARBITRATIONS) if contended else (choices.arbitration or ARBITRATIONS)[:1],
@@ -238,12 +238,14 @@ def _orders(scenario: Scenario, degrees: tuple[int, ...]) -> Iterator[RankOrder]
 
 
 def _algorithms(scenario: Scenario, layout: Layout) -> tuple[str, ...]:
-    """The all-to-alls that differ on these groups."""
+    """The all-to-alls that differ on these groups; none if none that is listed does."""
     listed = scenario.choices.all_to_all or all_to_alls()
-    if layout.ep == 1:
-        return ("linear",)
-    found = [name for name in listed if name == "linear" or _applies(name, scenario, layout)]
-    return tuple(found) or ("linear",)
+    return tuple(name for name in listed if name == "linear" or (layout.ep > 1 and _applies(name, scenario, layout)))
+
+
+def _overlap_degrees(scenario: Scenario, layout: Layout) -> tuple[int, ...]:
+    """Without an exchange there is nothing to overlap."""
+    return tuple(n for n in scenario.choices.overlap_degree or OVERLAP_DEGREES if layout.ep > 1 or n == 1)
 
 
 def _applies(name: str, scenario: Scenario, layout: Layout) -> bool:
@@ -272,6 +274,26 @@ def _splits(scenario: Scenario, tp: int, cp: int) -> bool:
     except PlanError:
         return False
     return True
+
+
+def no_layout(scenario: Scenario) -> str:
+    """Why the space is empty: which choices could each be given up for a plan to exist, and for what."""
+    choices, ways = scenario.choices, []
+    for name, listed in choices:
+        if isinstance(listed, tuple):
+            free = replace(scenario, choices=choices.model_copy(update={name: None}))
+            branch = next(_branches(free), None)
+            if branch is not None:
+                value = getattr(branch.layout, name, None) or getattr(branch, name, (None,))[0]
+                ways.append(f"choose.{name} {', '.join(map(str, listed))} (use {value})")
+    suits = f"suit {' or '.join(choices.schedule)}" if choices.schedule else "suit a schedule"
+    rule = f"degrees must divide GPUs, heads, experts, layers, the batch and the sequence, and {suits}"
+    found = f"{scenario.name}: no plan of {scenario.cluster.num_gpus} GPUs is legal under `choose`: {rule}"
+    if not ways:
+        return (
+            f"{found}; widen choose, or use a global batch that has more divisors than {scenario.workload.global_batch}"
+        )
+    return f"{found}; change one of: {'; '.join(ways)}"
 
 
 # ---- stages

@@ -71,7 +71,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "states-instead-of-attention": ("small-two-nodes", WIDE | FEW | {"model": "nemotron-3-super"}, 5),
     "hyper-connections": ("small-two-nodes", WIDE | FEW | {"model": "deepseek-v4-flash"}, 5),
     "prefill": ("mixtral-8x7b-prefill-8xh100", {"choose.pp": [1, 2, 4], "workload.global_batch": 16}, 8),
-    "decode": ("deepseek-v3-decode-144xh800", {"nodes": 1, "workload.global_batch": 32, "choose.pp": [1, 2]}, 4),
+    "decode": ("deepseek-v3-decode-128xh800", {"nodes": 1, "workload.global_batch": 32, "choose.pp": [1, 2]}, 4),
     "dense": ("llama-3-70b-128xh100", {"nodes": 2, "workload.global_batch": 32, "workload.sequence": 1024}, 6),
 }
 """Scenario, changes that make it small, and how many plans are drawn of it."""
@@ -197,7 +197,7 @@ def test_a_plan_without_any_exchange_is_simulated() -> None:
 
 
 def test_a_place_that_is_done_sooner_begins_its_shared_branch_sooner() -> None:
-    scenario = mp.load("deepseek-v3-decode-144xh800", {"nodes": 2, "workload.global_batch": 64})
+    scenario = mp.load("deepseek-v3-decode-128xh800", {"nodes": 2, "workload.global_batch": 64})
     plan = mp.Plan(
         dp=16, ep=16, stages=(61,), zero_dense=0, zero_expert=0, micro_batch=4, schedule="gpipe",
         precision=scenario.choices.precision,

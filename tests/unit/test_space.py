@@ -48,7 +48,7 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BIG = (
     "mixtral-8x7b-64xh100", "deepseek-v3-2048xh800", "qwen3-235b-256xh100", "llama-3-70b-128xh100",
-    "deepseek-v3-decode-144xh800",
+    "deepseek-v3-decode-128xh800",
 )  # fmt: skip
 
 
