@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,8 +189,6 @@ class Program:
     model_flops: float
     """Of the model's equations for one step, recomputation left out."""
     num_gpus: int
-    memory: tuple[Any, ...] = ()
-    """One Memory for each lane."""
 
     def kind(self, task: int) -> str:
         """The kind of a task: that of its work, or of its exchange."""

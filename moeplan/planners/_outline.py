@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
 from moeplan import menu
 from moeplan.planners._space import Layout
-from moeplan.schedules import Order
+from moeplan.schedules import Order, Slot
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +48,7 @@ def _outline(schedule: str, pp: int, vpp: int) -> Outline:
     )
 
 
-def _latest(slot: tuple[tuple[str, int, int], ...]) -> tuple[str, int]:
-    kinds = Counter(action[0] for action in slot)
-    chosen = next((action for action in slot if action[0] in "BI"), slot[0]) if kinds else slot[0]
-    return chosen[0], chosen[1]
+def _latest(slot: Slot) -> tuple[str, int]:
+    """What others may wait for at the end of a slot: its backward pass if it has one."""
+    chosen = next((action for action in slot if action.kind in "BI"), slot[0])
+    return chosen.kind, chosen.chunk

@@ -28,7 +28,6 @@ class Transfer:
     meeting: int
     on_lane_done: Callable[[int, int], None]
     parts: int = 1
-    part: int = 0
     phase: int = -1
     left: dict[int, float] = field(default_factory=dict)
     rate: dict[int, float] = field(default_factory=dict)
@@ -68,10 +67,10 @@ class Network:
 
     # ---- begin
 
-    def start(self, meeting: int, on_lane_done: Callable[[int, int], None], *, part: int = 0, parts: int = 1) -> None:
+    def start(self, meeting: int, on_lane_done: Callable[[int, int], None], *, parts: int = 1) -> None:
         """Begins an exchange, or one of its micro-ops, at the present time."""
         lanes = set(self.program.meetings[meeting].lanes)
-        transfer = Transfer(meeting=meeting, on_lane_done=on_lane_done, parts=parts, part=part, lanes_left=lanes)
+        transfer = Transfer(meeting=meeting, on_lane_done=on_lane_done, parts=parts, lanes_left=lanes)
         self.active[meeting] = transfer
         rivals = [self.active[other] for other in self._rivals[meeting] if other in self.active]
         if rivals:

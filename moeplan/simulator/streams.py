@@ -230,7 +230,7 @@ class _ExpertFirst(_Deciding):
                 self.held.append((meeting, part))
             else:
                 self.part[meeting], self.on[meeting] = part, len(lanes)
-                self.network.start(meeting, self._moved, part=part, parts=self.network.parts_of(meeting))
+                self.network.start(meeting, self._moved, parts=self.network.parts_of(meeting))
 
     def _moved(self, meeting: int, lane: int) -> None:
         """Ends the exchange for a lane with the last micro-op; the next one starts when this one left all lanes."""

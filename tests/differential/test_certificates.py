@@ -118,6 +118,15 @@ def test_no_bound_of_any_plan_is_above_its_simulated_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_no_coarse_bound_of_any_plan_is_above_its_simulated_step(name: str) -> None:
+    space = Space(mp.load(name))
+    coarse = StepBounds(Bounds(space.scenario, coarse=True))
+    bounds = [bound_s for branch in space.branches for bound_s in bounds_of(coarse, branch).tolist()]
+    for bound_s, (plan, _, _, step_s) in zip(bounds, everything(name), strict=True):
+        assert bound_s <= step_s * (1 + ROUNDING), plan
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_the_bound_before_a_branch_is_opened_is_below_those_of_its_plans(name: str) -> None:
     space = Space(mp.load(name))
     steps = StepBounds(Bounds(space.scenario))
@@ -145,8 +154,11 @@ def test_no_bound_of_a_plan_drawn_at_random_is_above_its_simulated_step(case: st
     name, changes, count = CASES[case]
     scenario = mp.load(name, changes)
     space, steps = Space(scenario), StepBounds(Bounds(scenario))
+    coarse = StepBounds(Bounds(scenario, coarse=True))
     for branch, index, step_s in drawn(scenario, space, count):
         plan = space.plan(branch, index)
+        assert coarse.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
+        assert bounds_of(coarse, branch)[index] <= step_s * (1 + ROUNDING), plan
         assert steps.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
         assert bounds_of(steps, branch)[index] <= step_s * (1 + ROUNDING), plan
         assert steps.plan_s(plan) <= step_s * (1 + ROUNDING), plan
