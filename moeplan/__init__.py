@@ -17,8 +17,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeplan import network
     from moeplan.api import Simulation, export, load, plan, simulate
-    from moeplan.catalogue import document, scenario_from, show, sources
+    from moeplan.catalogue import cluster_from, document, scenario_from, show, sources
     from moeplan.domain.plan import Plan
     from moeplan.domain.result import Figures, PlanResult
     from moeplan.domain.scenario import Scenario
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "moeplan.api": ("Simulation", "export", "load", "plan", "simulate"),
-    "moeplan.catalogue": ("document", "scenario_from", "show", "sources"),
+    "moeplan.catalogue": ("cluster_from", "document", "scenario_from", "show", "sources"),
     "moeplan.domain.plan": ("Plan",),
     "moeplan.domain.result": ("Figures", "PlanResult"),
     "moeplan.domain.scenario": ("Scenario",),
@@ -70,9 +71,11 @@ __all__ = [
     "SimulationError",
     "WhatIf",
     "__version__",
+    "cluster_from",
     "document",
     "export",
     "load",
+    "network",
     "plan",
     "scenario_from",
     "show",
@@ -85,6 +88,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The public object of that name, from the module where it lives."""
+    if name == "network":
+        return import_module("moeplan.network")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'moeplan' has no attribute {name!r}")
     found = getattr(import_module(_HOME_OF[name]), name)

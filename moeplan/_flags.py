@@ -72,7 +72,7 @@ def scenario_of(
     from moeplan.catalogue import scenario_from
     from moeplan.catalogue.overlay import Given
 
-    changes = _changes(settings or [])
+    changes = changes_of(settings or [])
     if source is not None:
         given: dict[str, object] = {FIELDS[flag]: Given(value, _word(flag)) for flag, value in flags.items()}
         for key in given.keys() & changes.keys():
@@ -89,7 +89,8 @@ def _word(flag: str) -> str:
     return {"sequence": "--seq"}.get(flag, "--" + flag.replace("_", "-"))
 
 
-def _changes(settings: list[str]) -> dict[str, str]:
+def changes_of(settings: list[str]) -> dict[str, str]:
+    """The fields that `--set` options set."""
     found: dict[str, str] = {}
     for text in settings:
         key, equals, value = text.partition("=")
@@ -104,7 +105,7 @@ def _changes(settings: list[str]) -> dict[str, str]:
 def grid_of(words: list[str]) -> dict[str, list[str]]:
     """Each key with its values; a comma inside brackets, braces or quotes belongs to a value."""
     found: dict[str, list[str]] = {}
-    for key, text in ((key, value) for word in words for key, value in _changes([word]).items()):
+    for key, text in ((key, value) for word in words for key, value in changes_of([word]).items()):
         if key in found:
             raise MoeplanError(f"{key}: is varied twice; write its values in one list, as in {key}=1,2")
         found[key] = [

@@ -36,6 +36,7 @@ from moeplan._flags import (
     noise_of,
     scenario_of,
 )
+from moeplan._network import network_app
 from moeplan.errors import MoeplanError
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ def _give_up_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+app.add_typer(network_app(_guarded), name="network")
 
 
 @app.command()

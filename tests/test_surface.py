@@ -21,6 +21,7 @@ SIGNATURES = {
     "export": "(result, path, *, format=None, **options)",
     "load": "(source, changes={})",
     "plan": "(scenario, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
+    "cluster_from": "(name, *, nodes=None, changes={})",
     "scenario_from": "(*, model, cluster, global_batch, sequence, nodes=None, phase='train', changes={})",
     "show": "(name)",
     "simulate": "(scenario, plan, *, noise=None)",
@@ -62,7 +63,7 @@ def _plain(default: object) -> object:
 
 
 def test_the_public_names_are_these() -> None:
-    nouns = {*FIELDS, *ERRORS, "Plan", "PlanResult", "Figures", "__version__"}
+    nouns = {*FIELDS, *ERRORS, "Plan", "PlanResult", "Figures", "__version__", "network"}
     assert set(mp.__all__) == {*SIGNATURES, *nouns}
     assert mp.__all__ == sorted(mp.__all__)
     assert all(getattr(mp, name) is not None and name in dir(mp) for name in mp.__all__)

@@ -14,7 +14,7 @@ Everything that is wrong is a CatalogueError of one line (three at most): file, 
 allowed, a remedy.
 """
 
-from moeplan.catalogue.build import build, document, load, read_plan, scenario_from, show, sources
+from moeplan.catalogue.build import build, cluster_from, document, load, read_plan, scenario_from, show, sources
 from moeplan.catalogue.citations import Citation
 from moeplan.catalogue.files import Found, find, names, root
 
@@ -22,6 +22,7 @@ __all__ = [
     "Citation",
     "Found",
     "build",
+    "cluster_from",
     "document",
     "find",
     "load",

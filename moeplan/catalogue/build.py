@@ -16,7 +16,7 @@ from moeplan.catalogue.citations import Citation, check_figures, checked_sources
 from moeplan.catalogue.figures import cluster_spec
 from moeplan.catalogue.files import find, is_path, menus, names, read
 from moeplan.catalogue.overlay import Given, is_figure
-from moeplan.catalogue.resolve import changed, entry, from_flags, resolved, thing
+from moeplan.catalogue.resolve import changed, entry, from_flags, is_node_file, resolved, thing
 from moeplan.catalogue.sheet import KEYS, SCHEMA, FieldPath, Sheet, bare, below, fail, moved, shown
 from moeplan.catalogue.translate import models_in, validated
 from moeplan.domain.cluster import Cluster, build_cluster
@@ -74,7 +74,9 @@ def _cluster(sheet: Sheet) -> Cluster:
     try:
         return build_cluster(spec)
     except CatalogueError as error:
-        fail(sheet.spots, ("cluster", "nodes"), str(error))
+        part, _, sentence = str(error).removeprefix(f"topology {spec.name}: ").partition(": ")
+        steps = [int(step) if step.isdigit() else step for step in part.split(".")]
+        fail(sheet.spots, ("cluster", *steps), sentence)
 
 
 def _model(sheet: Sheet) -> Model:
@@ -241,6 +243,23 @@ def scenario_from(
     return build_sheet(changed(Sheet(data=data, spots=whole.spots), nodes_changed | dict(changes)))
 
 
+def cluster_from(
+    name: str, *, nodes: int | None = None, changes: Mapping[str, object] = MappingProxyType({})
+) -> Cluster:
+    """The cluster of a topology's name or file, of so many nodes, after changes: `{"nic.bandwidth": "25 GB/s"}`.
+
+    A change may also be written from the scenario: `cluster.nic.bandwidth`. Raises CatalogueError.
+    """
+    sheet = from_flags({"about": name, "cluster": name, "workload": {}})
+    whole = thing(sheet, "scenarios", name=None, giver=None)
+    given: dict[str, object] = {} if nodes is None else {"cluster.nodes": Given(nodes, "--nodes")}
+    given |= {key if key.startswith("cluster.") else f"cluster.{key}": value for key, value in changes.items()}
+    data = {"schema": SCHEMA, "name": str(whole.data["cluster"].get("name"))} | whole.data
+    changed_sheet = changed(Sheet(data=data, spots=whole.spots), given)
+    check_figures(changed_sheet, {"cluster": changed_sheet.data["cluster"]}, checked_sources(changed_sheet))
+    return _cluster(changed_sheet)
+
+
 def _has_experts(data: object) -> bool:
     if isinstance(data, dict):
         return data.get("kind") == "experts" or any(map(_has_experts, data.values()))
@@ -251,6 +270,8 @@ def show(name: str) -> dict[str, Any]:
     """What the catalogue knows of a thing: a model's dimensions and parameter counts, else the figures of its file."""
     if is_path(name) and name.lower().endswith(".json"):
         return model_card(entry(name, "models"))
+    if is_node_file(name):
+        return deepcopy(entry(name, "topologies").data)
     if is_path(name):
         return document(name)
     for folder in menus():
@@ -265,6 +286,8 @@ def show(name: str) -> dict[str, Any]:
 
 def sources(source: str | Path | Mapping[str, Any]) -> list[Citation]:
     """The bibliography behind a scenario, or behind any other thing of the catalogue: one row for each figure."""
+    if isinstance(source, str) and is_node_file(source):
+        return citations(entry(source, "topologies").data)
     if isinstance(source, str) and not is_path(source):
         kind = find(source).kind
         if kind != "scenarios":

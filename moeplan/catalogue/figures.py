@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from moeplan import units
 from moeplan.catalogue.sheet import FieldPath, Sheet, at, fail, shown
 from moeplan.catalogue.translate import validated
-from moeplan.domain.cluster import ClusterSpec, FabricSpec, Gpu, LinkSpec, NicSpec
+from moeplan.domain.cluster import ClusterSpec, FabricSpec, FaultSpec, Gpu, LinkSpec, NicSpec, SpeedSpec
 from moeplan.errors import unknown_name
 
 _SUFFIXES = {"_bytes_per_s": "B/s", "_flops_per_s": "FLOP/s", "_bytes": "B", "_s": "s", "_w": "W"}
@@ -30,7 +30,9 @@ _RANGES = {
     "share": ("80 %", 1e-4, 1.0),
 }
 _FASTEST_MEMORY = 1e14
-_TEXTS = {"kind", "link", "name"}
+_SHARES = ("efficiency", "share_beside_exchange", "share_beside_compute")
+_TEXTS = {"kind", "link", "global_link", "name", "nic", "node", "rail", "routing", "seed", "switch"}
+"""Keys that hold a name or a setting, which needs no source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def _plain_dimension(name: str, info: FieldInfo) -> str:
     if any(get_origin(kind) is tuple for kind in kinds):
         return "list"
     is_count = any(kind is int or int in get_args(kind) for kind in kinds)
-    return "count" if is_count else "share" if name.endswith("efficiency") else "number"
+    return "count" if is_count else "share" if name.endswith(_SHARES) or name == "capacity" else "number"
 
 
 def _gpu_quantities(data: Mapping[str, Any]) -> dict[str, Quantity]:
@@ -76,7 +78,8 @@ def _gpu_quantities(data: Mapping[str, Any]) -> dict[str, Quantity]:
 
 def figure_names() -> frozenset[str]:
     """Every key that holds a figure, in any section of a cluster."""
-    sections = [quantities(LinkSpec), quantities(NicSpec), quantities(FabricSpec), _gpu_quantities({})]
+    specs = (LinkSpec, NicSpec, FabricSpec, SpeedSpec, FaultSpec)
+    sections = [*map(quantities, specs), _gpu_quantities({})]
     return frozenset(key for section in sections for key in section if key not in _TEXTS) | {"nodes", "gpus_per_node"}
 
 
@@ -101,9 +104,21 @@ def cluster_spec(sheet: Sheet, path: FieldPath = ("cluster",)) -> ClusterSpec:
     for key, part in (("nic", NicSpec), ("fabric", FabricSpec)):
         if data.get(key) is not None:
             spec[key] = validated(part, section(sheet, (*path, key), part), sheet.spots, (*path, key))
+    for key, item in (("speeds", SpeedSpec), ("faults", FaultSpec)):
+        if data.get(key) is not None:
+            spec[key] = _items(sheet, (*path, key), item)
     if "wiring" in data:
         spec["wiring"] = data["wiring"]
     return validated(ClusterSpec, spec, sheet.spots, path)
+
+
+def _items(sheet: Sheet, path: FieldPath, item: type[SpeedSpec] | type[FaultSpec]) -> list[SpeedSpec | FaultSpec]:
+    """The items of a list of speeds or faults."""
+    data = at(sheet.data, path)
+    if not isinstance(data, list):
+        fail(sheet.spots, path, f"{shown(data)} is not a list; write one such as [{{nic: n0.nic3}}]")
+    places = [(*path, index) for index in range(len(data))]
+    return [validated(item, section(sheet, place, item), sheet.spots, place) for place in places]
 
 
 def gpu(sheet: Sheet, path: FieldPath) -> Gpu:
@@ -177,6 +192,8 @@ def _measured(sheet: Sheet, path: FieldPath, value: object, dimension: str) -> f
         fail(sheet.spots, path, sentence if has_example else f"{sentence}; write it as in '{example}'")
     if path[-1] == "memory_bandwidth":
         high = _FASTEST_MEMORY
+    if path[-1] == "capacity":
+        low = 0.0
     if not low <= number <= high:
         hint = ", and bits against bytes (Gbit/s, GB/s)" if dimension == "B/s" else ""
         allowed = f"{units.show(low, dimension)} to {units.show(high, dimension)}"

@@ -88,10 +88,18 @@ class _Overlay:
     def _sourced(self, value: Any, path: FieldPath, *, replaces_figure: bool) -> Any:
         in_cluster = self.is_cluster or path[0] == "cluster"
         is_wanted = replaces_figure or (in_cluster and path[-1] in self.figures)
+        if self.giver is not None and in_cluster and not is_wanted and isinstance(value, list):
+            return [self._sourced_item(item, (*path, index)) for index, item in enumerate(value)]
         if self.giver is None or not is_wanted or isinstance(value, dict | None):
             return value
         self.given.append(path)
         return {"value": value, "source": self.giver}
+
+    def _sourced_item(self, item: Any, path: FieldPath) -> Any:
+        """One of a list of faults, speeds or wires, whose figures may be bare as well."""
+        if not _is_mapping(item):
+            return item
+        return {key: self._sourced(value, (*path, key), replaces_figure=False) for key, value in item.items()}
 
     def _move_spots(self, path: FieldPath) -> None:
         for known in [known for known in self.spots if known[: len(path)] == path]:

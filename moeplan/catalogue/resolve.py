@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from moeplan import menu
 from moeplan.catalogue.citations import sourced, with_used_sources
 from moeplan.catalogue.files import check_regular, find, is_path, label, read
 from moeplan.catalogue.overlay import USER, change_sheet, is_figure, overlaid, part, with_part, without
@@ -20,15 +21,17 @@ from moeplan.catalogue.sheet import KEYS, SCHEMA, FieldPath, Sheet, Spot, bare, 
 from moeplan.domain.model import Model
 from moeplan.errors import CatalogueError, unknown_name
 
+NODE_FILES = {".xml": "nccl_topology", ".txt": "nvidia_smi_topo"}
+"""How the files of other programs end that describe a machine, and the importer that reads them."""
 PARTS = {"scenarios": {"model": "models", "cluster": "topologies"}, "topologies": {"gpu": "gpus"}}
 
 
 def entry(text: str, kind: str, *, folder: Path = Path(), chain: tuple[Path, ...] = ()) -> Sheet:
     """The thing that a name or a path means, laid over what it extends. Sources are renamed `file:key`."""
-    path = folder / text if is_path(text) else find(text, kind).path
+    path = folder / text if _is_file(text, kind) else find(text, kind).path
     if kind == "models" and path.suffix.lower() == ".json":
         return _imported(path)
-    sheet = read(path)
+    sheet = _imported_node(path) if kind == "topologies" and is_node_file(path.name) else read(path)
     if (real := Path(os.path.realpath(path))) in chain:
         raise CatalogueError(f"{label(path)}: extends: leads back to itself; extend a file that does not")
     if "name" in sheet.data:
@@ -86,11 +89,20 @@ def _named(sheet: Sheet, key: str, shelf: str, folder: Path) -> Sheet:
 
 def _check_name(sheet: Sheet, key: str, shelf: str) -> None:
     text = sheet.data[key]
-    if not is_path(text):
+    if not _is_file(text, shelf):
         try:
             find(text, shelf)
         except CatalogueError as error:
             fail(sheet.spots, (key,), str(error))
+
+
+def is_node_file(text: str) -> bool:
+    """Whether a person means a file of another program that describes a machine."""
+    return text.lower().endswith(tuple(NODE_FILES))
+
+
+def _is_file(text: str, kind: str) -> bool:
+    return is_path(text) or (kind == "topologies" and is_node_file(text))
 
 
 def _check_about(sheet: Sheet) -> None:
@@ -141,6 +153,17 @@ def _imported(path: Path) -> Sheet:
     dimensions = {"source": source} | ({"note": " ".join(imported.assumptions)} if imported.assumptions else {})
     data = {"name": name, "dimensions": dimensions, **compact(imported.model), "sources": sources}
     return bare(data, label(path))
+
+
+def _imported_node(path: Path) -> Sheet:
+    """The topology of a machine that another program describes; what that leaves open is said where it is missed."""
+    try:
+        imported = menu.load("importers", NODE_FILES[path.suffix.lower()], "read")(path)
+    except CatalogueError as error:
+        raise CatalogueError(str(error).replace(str(path), label(path))) from None
+    spots: dict[FieldPath, Spot] = {(): Spot(label(path), None, ())}
+    spots |= {(key,): Spot(f"{label(path)}: {text}", None, (key,)) for key, text in imported.unanswered.items()}
+    return Sheet(data=imported.topology, spots=spots)
 
 
 def compact(model: Model) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from moeplan.compiler.layout import Layout, Listing
 from moeplan.compiler.parts import Parts
 from moeplan.compiler.passes import PartBlocks
 from moeplan.compiler.step import closing, opening
-from moeplan.compiler.traffic import Pattern, expand, pattern_key
 from moeplan.domain.plan import Plan
-from moeplan.domain.program import Ints, Lane, Phase, Program, Rendezvous
+from moeplan.domain.program import Ints, Lane, Program, Rendezvous
 from moeplan.domain.scenario import Scenario
+from moeplan.network.expand import Pattern, expand, pattern_key
 from moeplan.partition.legal import check_plan
 from moeplan.partition.ranks import coordinate, ranks_of_stage
 from moeplan.partition.route import Load, Tokens, load_of
@@ -50,7 +50,10 @@ class _Compilation:
 
     @cached_property
     def parts(self) -> Parts:
-        return Parts(model=self.scenario.model, plan=self.plan, workload=self.scenario.workload, load=self.load)
+        return Parts(
+            model=self.scenario.model, plan=self.plan, workload=self.scenario.workload, load=self.load,
+            gpus_per_node=self.scenario.cluster.gpus_per_node,
+        )  # fmt: skip
 
     @cached_property
     def num_places(self) -> int:
@@ -121,8 +124,7 @@ class _Compilation:
             for meeting in self.folding.meetings[pattern]:
                 lanes = self._senders(exchange, meeting.lanes)
                 table[exchange, list(lanes)] = len(found)
-                phases = tuple(Phase(latency_s=p.latency_s, classes=p.classes) for p in meeting.phases)
-                found.append(Rendezvous(exchange=exchange, lanes=lanes, phases=phases))
+                found.append(Rendezvous(exchange=exchange, lanes=lanes, phases=meeting.phases))
         return tuple(found), table
 
     def _senders(self, exchange: int, lanes: tuple[int, ...]) -> tuple[int, ...]:

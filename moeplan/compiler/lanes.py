@@ -4,8 +4,7 @@ both.
 A rank's colour is made of its part in the plan and of the colours of its groups and flows; a flow's of its share, its
 ends and its links (all hops of a ring are one flow, since they go at one pace); a link's of its capacity and its
 flows. When no colour splits any more, ranks, flows and links of one colour cannot be told apart by any fair sharing
-of the links (the partition is equitable), so one of each stands for all of them. Colours are 64-bit hashes: two
-different colours are taken for one with a chance below 1e-9 for a million flows. Reference: McKay, Piperno,
+of the links (the partition is equitable), so one of each stands for all of them. Reference: McKay, Piperno,
 "Practical graph isomorphism, II" (2014), section 2.2, for refinement.
 """
 
@@ -15,13 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeplan.compiler.traffic import Pattern
 from moeplan.domain.cluster import Cluster
 from moeplan.domain.program import Floats, Flows, Ints, Phase
-
-Colours = NDArray[np.uint64]
+from moeplan.network.colours import Colours, bits, distinct, mix, numbered, summed, unsigned
+from moeplan.network.expand import Pattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,7 +44,7 @@ def fold(patterns: Sequence[Pattern], *, part_R: Ints, cluster: Cluster) -> Fold
     """
     table = _Table.of(patterns, part_R, cluster)
     rank, flow, link = _refine(table)
-    lane_R = _numbered(rank)
+    lane_R = numbered(rank)
     return _classes(table, patterns, lane_R=lane_R, flow=flow, link=link, cluster=cluster)
 
 
@@ -78,6 +75,7 @@ class _Table:
         first_B = np.unique(flow_F, return_index=True)[1]
         pattern_B = np.repeat(np.arange(len(patterns)), counts)
         share_B = _joined_floats([p.share_F for p in patterns])[first_B]
+        extra_B = _joined_floats([p.extra_bytes_F for p in patterns])[first_B]
         delay_B = np.zeros(len(first_B))
         np.maximum.at(delay_B, flow_F, _joined_floats([p.delay_s_F for p in patterns]))
         phase_B = _joined([p.phase_F for p in patterns])[first_B]
@@ -89,12 +87,17 @@ class _Table:
             target_F=_joined([p.target_F for p in patterns]),
             flow_F=flow_F,
             first_B=first_B,
-            start_B=_mix(_bits(share_B) + _mix(_bits(delay_B)) * _u(3) + _mix(_u(pattern_B * 16 + phase_B))),
+            start_B=mix(
+                bits(share_B)
+                + mix(bits(delay_B)) * unsigned(3)
+                + mix(bits(extra_B)) * unsigned(5)
+                + mix(unsigned(pattern_B * 4096 + phase_B))
+            ),
             pattern_B=pattern_B,
             flow_I=flow_F[hop_F],
             link_I=link_I,
             links_K=links,
-            start_K=_mix(_bits(cluster.bandwidth_bytes_per_s_K[links])),
+            start_K=mix(bits(cluster.bandwidth_bytes_per_s_K[links])),
             groups=tuple(p.groups_NG for p in patterns),
         )
 
@@ -121,15 +124,15 @@ def _hops(patterns: Sequence[Pattern], cluster: Cluster) -> tuple[Ints, Ints]:
 
 def _refine(table: _Table) -> tuple[Colours, Colours, Colours]:
     """Colours of ranks, flows and links when none splits any more."""
-    rank, link = _mix(_u(table.part_R)), table.start_K
+    rank, link = mix(unsigned(table.part_R)), table.start_K
     count = -1
     while True:
-        ends = _mix(rank[table.source_F]) * _u(3) + _mix(rank[table.target_F]) * _u(5)
-        flow = _mix(table.start_B + _summed(_mix(ends), table.flow_F, len(table.start_B)))
-        flow = _mix(flow + _summed(_mix(link)[table.link_I], table.flow_I, len(flow)))
-        link = _mix(table.start_K + _summed(_mix(flow)[table.flow_I], table.link_I, len(link)))
+        ends = mix(rank[table.source_F]) * unsigned(3) + mix(rank[table.target_F]) * unsigned(5)
+        flow = mix(table.start_B + summed(mix(ends), table.flow_F, len(table.start_B)))
+        flow = mix(flow + summed(mix(link)[table.link_I], table.flow_I, len(flow)))
+        link = mix(table.start_K + summed(mix(flow)[table.flow_I], table.link_I, len(link)))
         rank = _rank_colours(table, rank, flow)
-        found = _distinct(rank) + _distinct(flow) + _distinct(link)
+        found = distinct(rank) + distinct(flow) + distinct(link)
         if found == count:
             return rank, flow, link
         count = found
@@ -137,20 +140,20 @@ def _refine(table: _Table) -> tuple[Colours, Colours, Colours]:
 
 def _rank_colours(table: _Table, rank: Colours, flow: Colours) -> Colours:
     size, of_transfer = len(rank), flow[table.flow_F]
-    sent = _summed(_mix(of_transfer + _u(7)), table.source_F, size)
-    new = rank + sent + _summed(_mix(of_transfer + _u(11)), table.target_F, size)
+    sent = summed(mix(of_transfer + unsigned(7)), table.source_F, size)
+    new = rank + sent + summed(mix(of_transfer + unsigned(11)), table.target_F, size)
     for number, groups_NG in enumerate(table.groups):
-        whole = _mix(_mix(rank)[groups_NG].sum(axis=1) + _u(number))
-        new += _summed(np.repeat(_mix(whole), groups_NG.shape[1]), groups_NG.ravel(), size)
-    return _mix(new)
+        whole = mix(mix(rank)[groups_NG].sum(axis=1) + unsigned(number))
+        new += summed(np.repeat(mix(whole), groups_NG.shape[1]), groups_NG.ravel(), size)
+    return mix(new)
 
 
 def _classes(
     table: _Table, patterns: Sequence[Pattern], *, lane_R: Ints, flow: Colours, link: Colours, cluster: Cluster
 ) -> Folding:
-    link_class = _numbered(link)
+    link_class = numbered(link)
     who_B = _joined([_lane_sets(p, lane_R)[0][p.group_F] for p in patterns])[table.first_B]
-    class_B = _numbered(_mix(flow + _mix(_u(who_B + (table.pattern_B << 32)))))
+    class_B = numbered(mix(flow + mix(unsigned(who_B + (table.pattern_B << 32)))))
     first = np.unique(class_B, return_index=True)[1]
     num_links = np.bincount(link_class)
     crossing = np.zeros((len(first), len(num_links)))
@@ -158,6 +161,7 @@ def _classes(
     first_link = table.links_K[np.unique(link_class, return_index=True)[1]]
     flows = Flows(
         share_C=_joined_floats([p.share_F for p in patterns])[table.first_B[first]],
+        extra_bytes_C=_joined_floats([p.extra_bytes_F for p in patterns])[table.first_B[first]],
         count_C=np.bincount(class_B),
         crossing_CK=crossing / num_links,
         capacity_bytes_per_s_K=cluster.bandwidth_bytes_per_s_K[first_link],
@@ -183,7 +187,7 @@ def _lanes_of_classes(table: _Table, lane_R: Ints, class_B: Ints) -> tuple[tuple
 def _lane_sets(pattern: Pattern, lane_R: Ints) -> tuple[Ints, Ints]:
     """The number of each group's set of lanes, and one group of each set."""
     sorted_NG = np.sort(lane_R[pattern.groups_NG], axis=1)
-    colour = _mix(_mix(_u(sorted_NG)) + _u(np.arange(sorted_NG.shape[1]))).sum(axis=1)
+    colour = mix(mix(unsigned(sorted_NG)) + unsigned(np.arange(sorted_NG.shape[1]))).sum(axis=1)
     _, first, number = np.unique(colour, return_index=True, return_inverse=True)
     return number, first
 
@@ -200,45 +204,11 @@ def _meetings(
     found = []
     for set_number, group in enumerate(_lane_sets(pattern, lane_R)[1]):
         phases = []
-        for phase in range(int(pattern.phase_F.max(initial=0)) + 1):
+        for phase in range(len(pattern.copy_s_per_byte_P)):
             chosen = (who == set_number) & (phase_B == phase)
             classes = tuple(np.unique(klass[chosen]).tolist())
-            phases.append(Phase(latency_s=float(delay_B[chosen].max(initial=0.0)), classes=classes))
+            latency_s, copy = float(delay_B[chosen].max(initial=0.0)), float(pattern.copy_s_per_byte_P[phase])
+            phases.append(Phase(latency_s=latency_s, classes=classes, copy_s_per_byte=copy))
         lanes = tuple(np.unique(lane_R[pattern.groups_NG[group]]).tolist())
         found.append(Meeting(lanes=lanes, phases=tuple(phases)))
     return tuple(found)
-
-
-def _numbered(colour: Colours) -> Ints:
-    """Classes 0, 1, ... in the order of their first member."""
-    _, first, inverse = np.unique(colour, return_index=True, return_inverse=True)
-    order = np.empty(len(first), np.int64)
-    order[np.argsort(first, kind="stable")] = np.arange(len(first))
-    return order[inverse]
-
-
-def _distinct(colour: Colours) -> int:
-    return len(np.unique(colour))
-
-
-def _summed(values: Colours, index: Ints, size: int) -> Colours:
-    total = np.zeros(size, np.uint64)
-    np.add.at(total, index, values)
-    return total
-
-
-def _u(values: Ints | int) -> Colours:
-    return np.asarray(values).astype(np.uint64)
-
-
-def _bits(values: NDArray[np.float64]) -> Colours:
-    """Floats as integers; the last 12 bits are dropped, so that rounding does not split what is equal."""
-    return (np.ascontiguousarray(values).view(np.uint64) + _u(1 << 11)) >> _u(12)
-
-
-def _mix(values: Colours) -> Colours:
-    """Steele, Lea, Flood: "Fast splittable pseudorandom number generators" (2014): the finaliser of splitmix64."""
-    z = values + _u(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> _u(30))) * _u(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> _u(27))) * _u(0x94D049BB133111EB)
-    return z ^ (z >> _u(31))

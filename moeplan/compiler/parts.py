@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from moeplan import menu
 from moeplan.compiler.works import optimizer_work, work
 from moeplan.domain.feed_forward import DenseFeedForward, Experts
 from moeplan.domain.model import Layer, Model
@@ -20,7 +21,7 @@ from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Exchange, Floats, Ints, Pass, Work
 from moeplan.domain.workload import Workload
 from moeplan.partition.ranks import coordinate, groups, ranks_of_stage
-from moeplan.partition.route import Load, Tokens
+from moeplan.partition.route import Load, Tokens, node_blocks
 from moeplan.partition.stages import VirtualStage
 from moeplan.partition.weights import Weights
 
@@ -36,6 +37,8 @@ class Parts:
     plan: Plan
     workload: Workload
     load: Load | None
+    gpus_per_node: int = 1
+    """Of the cluster: what goes to several members of a node goes there once, if the all-to-all can do that."""
     works: list[Work] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)
     _works: dict[tuple[object, ...], int] = field(default_factory=dict)
@@ -163,12 +166,12 @@ class Parts:
 
     def _exchange(
         self, key: tuple[object, ...], *, kind: str, operation: str, algorithm: str, members: Callable[[], Ints],
-        size_bytes: float, share_GG: Floats | None = None,
+        size_bytes: float, share_GG: Floats | None = None, reach_GB: Floats | None = None,
     ) -> int:  # fmt: skip
         if key not in self._exchanges:
             exchange = Exchange(
                 kind=kind, operation=operation, algorithm=algorithm, groups_NG=members(), size_bytes=size_bytes,
-                share_GG=share_GG,
+                share_GG=share_GG, reach_GB=reach_GB,
             )  # fmt: skip
             self.exchanges.append(exchange)
             self._exchanges[key] = len(self.exchanges) - 1
@@ -201,18 +204,27 @@ class Parts:
         move.
         """
         assert self.load is not None
-        if self.plan.ep == 1:
-            return None
+        key = (kind, stage, id(experts), -1 if self.load.is_even else moe)
+        if self.plan.ep == 1 or key in self._exchanges:
+            return self._exchanges.get(key)
         dispatch = kind == "dispatch"
         precision = self.plan.precision.dispatch if dispatch else self.plan.precision.combine
         tokens, share_GG = self.load.traffic(moe)
         size = tokens * experts.expert_input * DTYPE_BYTES[precision] / self.plan.overlap_degree / self.plan.etp
         matrix = share_GG if dispatch or share_GG is None else np.ascontiguousarray(share_GG.T)
-        which = -1 if share_GG is None else moe
+        groups_NG = self._members(stage, "ep")
         return self._exchange(
-            (kind, stage, id(experts), which), kind=kind, operation="all_to_all", algorithm=self.plan.all_to_all,
-            members=lambda: self._members(stage, "ep"), size_bytes=size, share_GG=matrix,
+            key, kind=kind, operation="all_to_all", algorithm=self.plan.all_to_all, members=lambda: groups_NG,
+            size_bytes=size, share_GG=matrix, reach_GB=self._reach(groups_NG, moe),
         )  # fmt: skip
+
+    def _reach(self, groups_NG: Ints, moe: int) -> Floats | None:
+        """What goes to each node once; None for an algorithm that does not count so, or groups that differ in nodes."""
+        assert self.load is not None
+        if not getattr(menu.module("collectives", self.plan.all_to_all), "COUNTS_COPIES", False):
+            return None
+        block_G = node_blocks(groups_NG, self.gpus_per_node)
+        return None if block_G is None else self.load.reach(moe, block_G)
 
     def expert_tensor(
         self, stage: int, experts: Experts, operation: str, *, moe: int, place: Place, part: int

@@ -17,16 +17,29 @@ class Cost(NamedTuple):
     launch_s: float
 
 
+class Shares(NamedTuple):
+    """What is left of kernels' speed beside an exchange, and of a flow's fair rate beside kernels, of the same GPU."""
+
+    compute: float = 1.0
+    exchange: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
     """What a GPU takes for the kernels of a task."""
 
     gpu: Gpu
 
+    @property
+    def shares(self) -> Shares:
+        """What kernels and exchanges of one GPU leave each other."""
+        gpu = self.gpu
+        return Shares(gpu.compute_share_beside_exchange, gpu.exchange_share_beside_compute)
+
     def cost(self, work: Work) -> Cost:
         """The sum over the kernels of max(busy, launch): the host launches ahead, but not faster than one by one.
 
-        Leaves out the slow-down by communication that runs beside.
+        Leaves out what exchanges beside cost: that is a matter of time order, see `shares`.
         """
         busy = [self.kernel_s(kernel) for kernel in work.kernels]
         launch = sum(max(0.0, self.gpu.kernel_launch_s - seconds) for seconds in busy)

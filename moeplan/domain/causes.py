@@ -10,11 +10,11 @@ from itertools import product
 
 import numpy as np
 
-from moeplan.domain.program import Ints, Stream
+from moeplan.domain.program import Floats, Ints, Stream
 from moeplan.domain.timeline import Timeline
 
 CAUSES = (
-    "dense_compute", "expert_compute", "optimizer", "launch_overhead", "imbalance",
+    "dense_compute", "expert_compute", "optimizer", "overlap_slowdown", "launch_overhead", "imbalance",
     "exposed_all_to_all", "gradient_traffic", "tensor_traffic", "pipeline_traffic", "pipeline_bubble",
 )  # fmt: skip
 _OF_KIND = {
@@ -32,7 +32,8 @@ def breakdown_s(timeline: Timeline) -> dict[str, float]:
 
     Seen from the compute stream of the busiest lane. While it computes: `dense_compute` (all but what follows),
     `expert_compute` (experts and the sum of what they send back), `optimizer`; `launch_overhead` is taken out of these,
-    and so is the `imbalance` of its experts: their time beyond the mean over the GPUs of the stage.
+    and so is `overlap_slowdown`, what exchanges beside it cost, and the `imbalance` of its experts: their time beyond
+    the mean over the GPUs of the stage.
     While it waits, the time goes to what ended last among what the next task waited for; time before that had started
     goes to what ended last among what that waited for, and so on. Exchanges count by their kind, `imbalance` while a
     partner of the same stage had not arrived; `pipeline_bubble` is what another stage was busy with. A wait that
@@ -108,16 +109,24 @@ class _History:
 
 def _computing(found: dict[str, float], timeline: Timeline, lane: int, chosen: Ints) -> None:
     program = timeline.program
-    seconds = timeline.end_s_T[chosen] - timeline.start_s_T[chosen]
-    launch = np.minimum(timeline.launch_s_T[chosen], seconds)
     causes = [CAUSES.index(_OF_KIND.get(work.kind, "dense_compute")) for work in program.works]
     cause = np.array(causes, np.int64)[program.tasks.unit_T[chosen]]
-    sums = np.bincount(cause, weights=seconds - launch, minlength=len(CAUSES))
-    found.update(zip(CAUSES, sums.tolist(), strict=True))
+    launch, lost, rest = _parts_s(timeline, chosen)
+    found.update(zip(CAUSES, np.bincount(cause, weights=rest, minlength=len(CAUSES)).tolist(), strict=True))
     found["launch_overhead"] += float(launch.sum())
+    found["overlap_slowdown"] += float(lost.sum())
     over_s = min(max(0.0, _beyond_mean_s(timeline, lane)), found["expert_compute"])
     found["expert_compute"] -= over_s
     found["imbalance"] += over_s
+
+
+def _parts_s(timeline: Timeline, chosen: Ints) -> tuple[Floats, Floats, Floats]:
+    """Of the time of each chosen task: waits for launches, what exchanges beside it cost, and the rest."""
+    seconds = timeline.end_s_T[chosen] - timeline.start_s_T[chosen]
+    launch = np.minimum(timeline.launch_s_T[chosen], seconds)
+    known = np.zeros(len(chosen)) if timeline.lost_s_T is None else timeline.lost_s_T[chosen]
+    lost = np.minimum(known, seconds - launch)
+    return launch, lost, seconds - launch - lost
 
 
 def _beyond_mean_s(timeline: Timeline, lane: int) -> float:
@@ -126,8 +135,8 @@ def _beyond_mean_s(timeline: Timeline, lane: int) -> float:
     is_experts = np.array([work.kind == "experts" for work in program.works], np.bool_)
     compute = np.flatnonzero(tasks.stream_T == Stream.COMPUTE)
     chosen = compute[is_experts[tasks.unit_T[compute]]]
-    seconds = np.maximum(timeline.end_s_T[chosen] - timeline.start_s_T[chosen] - timeline.launch_s_T[chosen], 0.0)
-    by_lane = np.bincount(tasks.lane_T[chosen], weights=seconds, minlength=len(program.lanes))
+    own = _parts_s(timeline, chosen)[2]
+    by_lane = np.bincount(tasks.lane_T[chosen], weights=own, minlength=len(program.lanes))
     stage = program.lanes[lane].stage
     weight = np.array([each.multiplicity if each.stage == stage else 0 for each in program.lanes])
     return float(by_lane[lane] - by_lane @ weight / weight.sum())

@@ -83,14 +83,25 @@ class Exchange:
     groups_NG: Ints
     size_bytes: float
     share_GG: Floats | None = None
+    reach_GB: Floats | None = None
+    """What part of `size_bytes` member i has for at least one member of block b: what goes to several members of a
+    block counts once. Block b is the group's members in its b-th node, nodes in rising order. None: as in `share_GG`,
+    every parcel has one destination.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Phase:
-    """Flow classes of an exchange that run together, `latency_s` after the phase before has ended."""
+    """Flow classes of an exchange that run together, once the phase before has ended and `delay_s` has passed."""
 
     latency_s: float
     classes: tuple[int, ...]
+    copy_s_per_byte: float = 0.0
+    """Each byte of the exchange is copied in the GPUs' own memory before it goes."""
+
+    def delay_s(self, size_bytes: float) -> float:
+        """Latency, and the copies of an exchange of `size_bytes`."""
+        return self.latency_s + self.copy_s_per_byte * size_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -99,7 +110,8 @@ class Wave:
 
     `steps` latencies pass before the bytes flow: a ring of n ranks pays n - 1 of them. `group_F` is the row of
     `groups_NG`. Transfers of one `bundle_F` go at one pace, that of the slowest: the hops of a ring, each of which
-    passes on what came.
+    passes on what came. Each transfer is `messages` messages. Before the wave the busiest rank copies `copy_share` of
+    the exchange's bytes in its own memory, to lay them out for it.
     """
 
     source_F: Ints
@@ -108,6 +120,8 @@ class Wave:
     group_F: Ints
     bundle_F: Ints
     steps: float = 1.0
+    messages: float = 1.0
+    copy_share: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,10 +141,11 @@ class Flows:
 
     A flow is a bundle of transfers at one pace. Exact by colour refinement: the flows of class c cross any one link
     of class k `crossing_CK[c, k]` times. Each transfer of class c moves `share_C[c]` times the `size_bytes` of its
-    exchange.
+    exchange, and keeps its wires busy for `extra_bytes_C[c]` more: the gaps between messages.
     """
 
     share_C: Floats
+    extra_bytes_C: Floats
     count_C: Ints
     crossing_CK: Floats
     capacity_bytes_per_s_K: Floats

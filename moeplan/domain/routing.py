@@ -1,6 +1,7 @@
 """Routing: how many tokens each source sends to each expert, before and after a capacity rule.
 
-Axes of arrays: L mixture-of-experts layer, S source (one rank of an expert-parallel group), E expert.
+Axes of arrays: L mixture-of-experts layer, S source (one rank of an expert-parallel group), E expert, U different sets
+of experts, K choice of a token.
 """
 
 from __future__ import annotations
@@ -20,6 +21,22 @@ _SLACK = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenSets:
+    """Which experts recorded tokens chose: `count_U[u]` tokens those of row u. Rows are sorted, and all different."""
+
+    experts_UK: npt.NDArray[np.int32]
+    count_U: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(experts_NK: npt.NDArray[np.integer]) -> TokenSets:
+        """The sets of tokens, one row each."""
+        rows, count_U = np.unique(np.sort(experts_NK.astype(np.int32), axis=1), axis=0, return_counts=True)
+        for array in (rows, count_U):
+            array.setflags(write=False)
+        return TokenSets(experts_UK=rows, count_U=count_U)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Routing:
     """One micro-batch's tokens by layer, source and expert: `tokens_LSE[l, s].sum()` is `tokens_per_source * top_k`.
 
@@ -36,12 +53,16 @@ class Routing:
     tokens_LSE: Tokens
     dropped_LSE: Tokens | None = None
     padded_LSE: Tokens | None = None
+    sets_LS: tuple[tuple[TokenSets, ...], ...] | None = None
+    """What the router chose token by token, where that was recorded; one entry for all sources if they are alike."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_LSE", "dropped_LSE", "padded_LSE"):
             found = getattr(self, name)
             if found is not None:
                 object.__setattr__(self, name, _read_only(name, found, like=self.tokens_LSE))
+        if self.sets_LS is not None:
+            _check_sets(self.sets_LS, self.tokens_LSE)
         chosen_LSE, wanted = self.chosen_LSE, self.tokens_per_source * self.top_k
         slack = _SLACK * max(wanted, 1)
         if abs(chosen_LSE.sum(axis=2) - wanted).max() > slack:
@@ -114,6 +135,17 @@ class Routing:
     def padded_tokens_L(self) -> Tokens:
         """Empty places that are sent and computed as if they were tokens, by layer."""
         return np.zeros(self.num_layers) if self.padded_LSE is None else self.padded_LSE.sum(axis=(1, 2))
+
+
+def _check_sets(sets_LS: tuple[tuple[TokenSets, ...], ...], tokens_LSE: Tokens) -> None:
+    layers, sources, experts = tokens_LSE.shape
+    if len(sets_LS) != layers or not {len(sets_S) for sets_S in sets_LS} <= {1, sources}:
+        raise CatalogueError(
+            f"routing: sets: of {len(sets_LS)} layers; record {layers}, for each of the {sources} sources or for all"
+        )
+    most = max((int(sets.experts_UK.max(initial=0)) for sets_S in sets_LS for sets in sets_S), default=0)
+    if most >= experts:
+        raise CatalogueError(f"routing: sets: expert {most} is not 0 to {experts - 1}; use the model that was recorded")
 
 
 def _read_only(name: str, found: Tokens, *, like: Tokens) -> Tokens:

@@ -21,6 +21,8 @@ class Timeline:
     end_s_T: Floats
     launch_s_T: Floats
     """Part of each task's time that the device waits for its kernels to be launched."""
+    lost_s_T: Floats | None = None
+    """Part of each compute task's time that exchanges beside it cost. None: not known, as where it was measured."""
     source: Literal["predicted", "measured"] = "predicted"
 
     @property

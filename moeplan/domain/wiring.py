@@ -1,7 +1,7 @@
 """The inside of a node: wires between names, and the table of shortest paths that all nodes share.
 
-Axes: G GPU of a node, B directed link of a node, H link of a path (-1 behind the last).
-A wire is full duplex: wire w is the directed links 2w (as written) and 2w + 1 (back).
+Axes: G GPU of a node, K NIC of a node, B directed link of a node, H link of a path (-1 behind the last).
+A wire is full duplex: wire w is the directed links 2w (as written) and 2w + 1 (back). The NICs' ports come last.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import heapq
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypedDict, TypeVar
+from itertools import product
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ _Route = tuple[int, ...]
 _Length = tuple[int, int, int]
 """Relays, sum of 1 / bandwidth, links."""
 _Found = tuple[_Length, _Route]
+_Relays = Literal["never", "if needed", "gpus"]
 _Array = TypeVar("_Array", bound=NDArray[np.generic])
 
 
@@ -45,6 +47,8 @@ class LinkSpec(Frozen):
     efficiency: Share = 1.0
     message_overhead_s: NotNegative = 0.0
     """Software time that each message over this kind of wire costs inside a node."""
+    message_gap_s: NotNegative = 0.0
+    """Time for which a message keeps the port busy beyond its bytes: 1 / message rate."""
 
     @property
     def usable_bytes_per_s(self) -> float:
@@ -79,6 +83,8 @@ class NicSpec(Frozen):
     efficiency: Share = 1.0
     message_overhead_s: NotNegative = 0.0
     """Software time that each message between nodes costs."""
+    message_gap_s: NotNegative = 0.0
+    """Time for which a message keeps the port busy beyond its bytes: 1 / message rate."""
 
     @property
     def usable_bytes_per_s(self) -> float:
@@ -104,6 +110,19 @@ class Wiring:
     """The NIC of each GPU."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeWays:
+    """The paths of one node over the wires that work, and over each of its NICs; a row of -1 where there is no way."""
+
+    local_GGH: IntArray
+    up_GKH: IntArray
+    """Links from a GPU over a NIC to the fabric."""
+    down_GKH: IntArray
+    """The same wires from the fabric to the GPU."""
+    nic_G: IntArray
+    """The NIC of each GPU, -1 where it reaches none."""
+
+
 def wire_node(
     wiring: Sequence[WireSpec],
     links: Mapping[str, LinkSpec],
@@ -126,7 +145,8 @@ def wire_node(
     neighbours = _neighbours(wires, links)
     routes = [_Routes(neighbours, f"gpu{gpu}") for gpu in range(num_gpus)]
     local = {(a, b): routes[a].to(f"gpu{b}") for a in range(num_gpus) for b in range(a + 1, num_gpus)}
-    nics = [_nearest_nic(routes[gpu], gpu, num_nics) for gpu in range(num_gpus)] if nic else []
+    nics = [_nearest_nic(routes[gpu], gpu, range(num_nics)) for gpu in range(num_gpus)] if nic else []
+    _check_nics(nics)
     ups = [(*routes[gpu].to(f"nic{k}"), 2 * (len(wires) + k)) for gpu, k in enumerate(nics)]
     return Wiring(
         **_link_table(wires, links, nic=nic, fabric_latency_s=fabric_latency_s),
@@ -135,6 +155,46 @@ def wire_node(
         down_GH=_padded([_back(up) for up in ups]),
         nic_G=read_only(np.array(nics, dtype=np.int32)),
     )
+
+
+def node_ways(
+    wiring: Sequence[WireSpec],
+    links: Mapping[str, LinkSpec],
+    *,
+    num_gpus: int,
+    num_nics: int,
+    dead: frozenset[int],
+    is_aligned: bool,
+) -> NodeWays:
+    """The paths of a node whose wires and ports `dead` do not work, by the rules of `wire_node`.
+
+    If `is_aligned`, the way to a NIC that is not the GPU's own has the smallest sum of 1 / bandwidth, through other
+    GPUs as well: over NVLink to the GPU beside that NIC, and not over the host.
+    """
+    wires = _merged(wiring, links, counts={"gpu": num_gpus, "nic": num_nics})
+    neighbours = _neighbours(wires, links, dead)
+    routes = [_Routes(neighbours, f"gpu{gpu}") for gpu in range(num_gpus)]
+    working = [k for k in range(num_nics) if len(wires) + k not in dead]
+    nics = [_nearest_nic(routes[gpu], gpu, working) for gpu in range(num_gpus)]
+    local = {(a, b): routes[a].find(f"gpu{b}") or () for a in range(num_gpus) for b in range(a + 1, num_gpus)}
+    ups: dict[tuple[int, int], _Route] = {}
+    for gpu, nic in product(range(num_gpus), working):
+        route = routes[gpu].find(f"nic{nic}", by_fastest=is_aligned and nic != nics[gpu])
+        ups[gpu, nic] = (*route, 2 * (len(wires) + nic)) if route else ()
+    return NodeWays(
+        local_GGH=_local_table(local, num_gpus),
+        up_GKH=_table(ups, (num_gpus, num_nics)),
+        down_GKH=_table({key: _back(up) for key, up in ups.items()}, (num_gpus, num_nics)),
+        nic_G=read_only(np.array(nics, dtype=np.int32)),
+    )
+
+
+def _check_nics(nics: Sequence[int]) -> None:
+    if -1 in nics:
+        raise ValueError(
+            f"wiring: no wires lead from gpu{nics.index(-1)} to a nic; wire nic* to the GPUs or to the switch that "
+            "they hang on"
+        )
 
 
 def read_only(array: _Array) -> _Array:
@@ -175,13 +235,14 @@ def _range(numbers: str | None, count: int) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def _pairs(wire: WireSpec, counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    starts, ends = expand(wire.start, counts), expand(wire.end, counts)
+def pairs(start: str, end: str, counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The pairs of names that a wire or link between two names of a wiring stands for. Raises ValueError."""
+    starts, ends = expand(start, counts), expand(end, counts)
     if len(starts) == 1 or len(ends) == 1:
         return ((a, b) for a in starts for b in ends)
     if len(starts) != len(ends):
         raise ValueError(
-            f"wiring: {wire.start!r} is {len(starts)} names and {wire.end!r} is {len(ends)}; "
+            f"wiring: {start!r} is {len(starts)} names and {end!r} is {len(ends)}; "
             "use lists of equal length (one to one), or a single name on one side"
         )
     return zip(starts, ends, strict=True)
@@ -194,7 +255,7 @@ def _merged(
     for wire in wiring:
         if wire.link not in links:
             raise ValueError(f"wiring: {unknown_name('link', wire.link, links)}")
-        for a, b in _pairs(wire, counts):
+        for a, b in pairs(wire.start, wire.end, counts):
             pair = (b, a) if (b, a) in wires else (a, b)
             kind, already = wires.get(pair, (wire.link, 0))
             if a == b or kind != wire.link:
@@ -212,10 +273,16 @@ def _check_used(wires: Mapping[tuple[str, str], tuple[str, int]], links: Mapping
         raise ValueError(f"links: {unused[0]!r} has no effect, because no wire uses it; remove it or wire it")
 
 
-def _neighbours(wires: Mapping[tuple[str, str], tuple[str, int]], links: Mapping[str, LinkSpec]) -> _Neighbours:
+def _neighbours(
+    wires: Mapping[tuple[str, str], tuple[str, int]],
+    links: Mapping[str, LinkSpec],
+    dead: frozenset[int] = frozenset(),
+) -> _Neighbours:
     # Whole numbers, because sums of 1 / bandwidth in another order would break ties by rounding.
     found: _Neighbours = {}
     for number, ((a, b), (kind, count)) in enumerate(wires.items()):
+        if number in dead:
+            continue
         cost = max(1, round(1e21 / (links[kind].usable_bytes_per_s * count)))
         found.setdefault(a, []).append((b, 2 * number, cost))
         found.setdefault(b, []).append((a, 2 * number + 1, cost))
@@ -227,35 +294,43 @@ class _Routes:
 
     def __init__(self, neighbours: _Neighbours, source: str) -> None:
         self._neighbours, self._source = neighbours, source
-        self._direct = _shortest(neighbours, source, may_relay=False)
-        self._relayed: dict[str, _Found] | None = None
+        self._direct = _shortest(neighbours, source, relays="never")
+        self._others: dict[_Relays, dict[str, _Found]] = {}
 
     def to(self, target: str) -> _Route:
         """The route; raises ValueError where there is none."""
-        found = self._direct.get(target) or self._by_relay().get(target)
-        if found is None:
+        route = self.find(target)
+        if route is None:
             raise ValueError(
                 f"wiring: no wires lead from {self._source} to {target}; wire both to the same switch, or to each other"
             )
-        return found[1]
+        return route
+
+    def find(self, target: str, *, by_fastest: bool = False) -> _Route | None:
+        """The route, or None; `by_fastest` counts no relays through GPUs."""
+        if by_fastest:
+            found = self._by("gpus").get(target)
+        else:
+            found = self._direct.get(target) or self._by("if needed").get(target)
+        return found[1] if found else None
 
     def nearest(self, targets: Sequence[str]) -> list[int]:
         """Which of the targets are equally near, and nearer than the rest; empty where none can be reached."""
-        found = _lengths(self._direct, targets) or _lengths(self._by_relay(), targets)
+        found = _lengths(self._direct, targets) or _lengths(self._by("if needed"), targets)
         return [index for index, length in found.items() if length == min(found.values())]
 
-    def _by_relay(self) -> dict[str, _Found]:
-        if self._relayed is None:
-            self._relayed = _shortest(self._neighbours, self._source, may_relay=True)
-        return self._relayed
+    def _by(self, relays: _Relays) -> dict[str, _Found]:
+        if relays not in self._others:
+            self._others[relays] = _shortest(self._neighbours, self._source, relays=relays)
+        return self._others[relays]
 
 
 def _lengths(reached: Mapping[str, _Found], targets: Sequence[str]) -> dict[int, _Length]:
     return {index: reached[name][0] for index, name in enumerate(targets) if name in reached}
 
 
-def _shortest(neighbours: _Neighbours, source: str, *, may_relay: bool) -> dict[str, _Found]:
-    """Dijkstra's algorithm on (relays, cost, links, route)."""
+def _shortest(neighbours: _Neighbours, source: str, *, relays: _Relays) -> dict[str, _Found]:
+    """Dijkstra's algorithm on (relays, cost, links, route); with "gpus", relaying through a GPU counts nothing."""
     reached: dict[str, _Found] = {}
     heap: list[tuple[_Length, _Route, str]] = [((0, 0, 0), (), source)]
     while heap:
@@ -264,21 +339,20 @@ def _shortest(neighbours: _Neighbours, source: str, *, may_relay: bool) -> dict[
             continue
         reached[name] = length, route
         relay = name != source and name.startswith(("gpu", "nic"))
-        if relay and not may_relay:
+        if relay and (relays == "never" or (relays == "gpus" and name.startswith("nic"))):
             continue
         for other, link, cost in neighbours.get(name, ()):
             if other not in reached:
-                step = (length[0] + relay, length[1] + cost, length[2] + 1)
+                step = (length[0] + (relay and relays == "if needed"), length[1] + cost, length[2] + 1)
                 heapq.heappush(heap, (step, (*route, link), other))
     return reached
 
 
-def _nearest_nic(routes: _Routes, gpu: int, num_nics: int) -> int:
-    nearest = routes.nearest([f"nic{nic}" for nic in range(num_nics)])
+def _nearest_nic(routes: _Routes, gpu: int, nics: Sequence[int]) -> int:
+    """The nearest of the NICs, -1 where none can be reached."""
+    nearest = [nics[index] for index in routes.nearest([f"nic{nic}" for nic in nics])]
     if not nearest:
-        raise ValueError(
-            f"wiring: no wires lead from gpu{gpu} to a nic; wire nic* to the GPUs or to the switch that they hang on"
-        )
+        return -1
     return gpu if gpu in nearest else nearest[gpu % len(nearest)]
 
 
@@ -286,19 +360,20 @@ def _back(route: _Route) -> _Route:
     return tuple(link ^ 1 for link in reversed(route))
 
 
-def _padded(routes: Sequence[_Route]) -> IntArray:
-    table = np.full((len(routes), max(map(len, routes), default=0)), -1, dtype=np.int32)
-    for row, route in enumerate(routes):
-        table[row, : len(route)] = route
+def _table(routes: Mapping[Any, _Route], shape: tuple[int, ...]) -> IntArray:
+    table = np.full((*shape, max(map(len, routes.values()), default=0)), -1, dtype=np.int32)
+    for row, route in routes.items():
+        table[row][: len(route)] = route
     return read_only(table)
+
+
+def _padded(routes: Sequence[_Route]) -> IntArray:
+    return _table({(row,): route for row, route in enumerate(routes)}, (len(routes),))
 
 
 def _local_table(routes: Mapping[tuple[int, int], _Route], num_gpus: int) -> IntArray:
-    table = np.full((num_gpus, num_gpus, max(map(len, routes.values()), default=0)), -1, dtype=np.int32)
-    for (a, b), route in routes.items():
-        table[a, b, : len(route)] = route
-        table[b, a, : len(route)] = _back(route)
-    return read_only(table)
+    both = {**routes, **{(b, a): _back(route) for (a, b), route in routes.items()}}
+    return _table(both, (num_gpus, num_gpus))
 
 
 def _link_table(

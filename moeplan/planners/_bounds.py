@@ -24,7 +24,7 @@ from moeplan.domain.program import Floats, Ints
 from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Load
 from moeplan.planners._chains import Chain, Exchanges, backward, forward, weights
-from moeplan.planners._groups import Grid, cheapest, grid_of, send_wire, uneven_wires
+from moeplan.planners._groups import Grid, cheapest, even_wire, even_wires, grid_of, send_wire, uneven_wires
 from moeplan.planners._outline import outline_of
 from moeplan.planners._pairs import Pairs
 from moeplan.planners._prices import ENDS, WORKS, Kind, Prices, hottest
@@ -304,7 +304,7 @@ class Bounds:
         grid = grid_of(branch.layout)
         wires = [cheapest(self.prices, grid, axis) for axis in ("tp", "cp", "etp")]
         if grid.ep > 1 and self.prices.is_even:
-            wires += [cheapest(self.prices, grid, "ep", algorithm) for algorithm in branch.all_to_all]
+            wires += even_wires(self.prices, grid, branch)
         which = () if self.prices.is_even else (grid.far, grid.edp, grid.block, grid.pp)
         degrees = (grid.tp, grid.cp, grid.ep, grid.etp)
         key = (*degrees, *wires, *which, branch.micro_batch, branch.recompute, branch.all_to_all, branch.overlap_degree)
@@ -368,7 +368,8 @@ class Bounds:
                 if grid.cp > 1 and per_token and workload.phase != "decode":
                     columns["c"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
                 if kind.layer.is_moe and load is not None:
-                    self._routed({name: column[k, m] for name, column in columns.items()}, kind, branch, grid, load)
+                    out = {name: column[k, m] for name, column in columns.items()}
+                    self._routed(out, kind, branch, grid, load, micro_batch=micro_batch)
         early = columns["e"].max(axis=0).ravel()
         return [
             Exchanges(
@@ -379,22 +380,25 @@ class Bounds:
             for k in range(len(kinds))
         ], experts  # fmt: skip
 
-    def _routed(self, out: dict[str, Floats], kind: Kind, branch: Branch, grid: Grid, load: Load) -> None:
+    def _routed(
+        self, out: dict[str, Floats], kind: Kind, branch: Branch, grid: Grid, load: Load, *, micro_batch: int
+    ) -> None:
         """Fills in dispatch, combine and expert-tensor exchanges [R, A, O] of one kind and micro-batch."""
         experts, prices = kind.layer.experts, self.prices
         assert experts is not None
         parts_O = np.array(branch.overlap_degree, np.float64)
         tokens, _ = load.traffic(kind.moe)
         elements_O = tokens * prices.spread(load) * experts.expert_input / parts_O / grid.etp
+        sure = prices.sure(load)
         there_O, back_O = (elements_O * prices.element_bytes(way) for way in ("dispatch", "combine"))
         for a, algorithm in enumerate(branch.all_to_all if grid.ep > 1 else ()):
             if prices.is_even:
-                both, own, home, first = (cheapest(prices, grid, "ep", algorithm),) * 4
+                both, own, home, first = (even_wire(prices, grid, algorithm, micro_batch, kind.moe),) * 4
             else:
                 both, own, home, first = uneven_wires(prices, grid, algorithm, load, kind.moe)
-            out["d"][:, a] = both.latency_s + both.per_byte_s * there_O
-            out["h"][:, a] = own.latency_s + own.per_byte_s * there_O
-            out["b"][:, a] = home.latency_s + home.per_byte_s * back_O
+            out["d"][:, a] = sure * both.latency_s + both.per_byte_s * there_O
+            out["h"][:, a] = sure * own.latency_s + own.per_byte_s * there_O
+            out["b"][:, a] = sure * home.latency_s + home.per_byte_s * back_O
             first_s = 0.0 if self.coarse else first.latency_s + first.per_byte_s * back_O
             out["e"][:, a] = out["b"][:, a] - first_s
         if grid.etp > 1:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from moeplan.domain.cluster import Cluster
 from moeplan.partition.route import Load
-from moeplan.planners._prices import Prices, Wire, hottest
-from moeplan.planners._space import Layout
+from moeplan.planners._prices import Prices, hottest
+from moeplan.planners._space import Branch, Layout
+from moeplan.planners._wires import Wire, least_of
 
 
 class Grid(NamedTuple):
@@ -61,17 +62,23 @@ def _offsets(grid: Grid, cluster: Cluster) -> list[int]:
     """Stages whose GPUs lie differently among nodes and leaves; every stage where that cannot be told from the
     offset.
     """
-    fabric = cluster.spec.fabric
-    if fabric is None or fabric.kind == "torus":
-        return list(range(min(grid.pp, 16 if fabric else grid.pp)))
-    period = cluster.gpus_per_node * (fabric.nodes_per_leaf or 1)
+    period = _period(cluster)
+    if period is None:
+        return list(range(grid.pp))
     return list({grid.block * stage % period: stage for stage in reversed(range(grid.pp))}.values())
+
+
+@lru_cache(maxsize=64)
+def _period(cluster: Cluster) -> int | None:
+    """After how many ranks the cluster repeats."""
+    return cluster.alike_block
 
 
 def cheapest(prices: Prices, grid: Grid, axis: str, algorithm: str = "ring") -> Wire:
     """The least latency and the least seconds per byte of the group along an axis in any stage."""
     key = (
         "cheapest",
+        axis == "ep",
         positions(grid, axis),
         grid.block,
         grid.pp,
@@ -79,7 +86,7 @@ def cheapest(prices: Prices, grid: Grid, axis: str, algorithm: str = "ring") -> 
         algorithm,
     )
     if key not in prices.cache:
-        prices.cache[key] = _least(
+        prices.cache[key] = least_of(
             [_wire(prices, grid, axis, stage, algorithm) for stage in _offsets(grid, prices.scenario.cluster)]
         )
     return prices.cache[key]  # type: ignore[return-value]
@@ -94,10 +101,6 @@ def _wire(prices: Prices, grid: Grid, axis: str, stage: int, algorithm: str) -> 
     return prices.ring(members)
 
 
-def _least(wires: list[Wire]) -> Wire:
-    return Wire(latency_s=min(w.latency_s for w in wires), per_byte_s=min(w.per_byte_s for w in wires))
-
-
 def send_wire(prices: Prices, layout: Layout) -> Wire:
     """The cheapest send between neighbouring pipeline ranks."""
     grid = grid_of(layout)
@@ -105,8 +108,35 @@ def send_wire(prices: Prices, layout: Layout) -> Wire:
     if key not in prices.cache:
         pairs = {(a, a + 1) for a in range(grid.pp - 1)} | ({(grid.pp - 1, 0)} if grid.pp > 1 else {(0, 0)})
         wires = [prices.send(grid.block * a, grid.block * b) for a, b in sorted(pairs) if a != b]
-        prices.cache[key] = _least(wires) if wires else Wire(latency_s=0.0, per_byte_s=0.0)
+        prices.cache[key] = least_of(wires) if wires else Wire(latency_s=0.0, per_byte_s=0.0)
     return prices.cache[key]  # type: ignore[return-value]
+
+
+def even_wire(prices: Prices, grid: Grid, algorithm: str, micro_batch: int, moe: int) -> Wire:
+    """Dispatch or combine of a layer with experts, all places alike, at the stage where it is cheapest."""
+    if not prices.counts_copies(algorithm):
+        return cheapest(prices, grid, "ep", algorithm)
+    degrees = (grid.ep, grid.etp, grid.tp, grid.cp)
+    key = ("even", positions(grid, "ep"), grid.block, grid.pp, *degrees, algorithm, micro_batch, moe)
+    if key not in prices.cache:
+        load = prices.load(*degrees, micro_batch)[1]
+        assert load is not None
+        ways = [_ranks(grid, "ep", stage) for stage in _offsets(grid, prices.scenario.cluster)]
+        prices.cache[key] = least_of(
+            prices.all_to_all(members, algorithm, prices.reach(load, moe, members, algorithm)) for members in ways
+        )
+    return prices.cache[key]  # type: ignore[return-value]
+
+
+def even_wires(prices: Prices, grid: Grid, branch: Branch) -> list[Wire]:
+    """Of every algorithm of a branch; of one that counts copies for each micro-batch and kind of layer."""
+    layers = [kind.moe for kind in prices.kinds[0] if kind.layer.is_moe]
+    counting = [(size, moe) for size in branch.micro_batch for moe in layers]
+    return [
+        even_wire(prices, grid, algorithm, size, moe)
+        for algorithm in branch.all_to_all
+        for size, moe in (counting if prices.counts_copies(algorithm) else counting[:1])
+    ]
 
 
 def uneven_wires(prices: Prices, grid: Grid, algorithm: str, load: Load, moe: int) -> tuple[Wire, ...]:
@@ -117,12 +147,14 @@ def uneven_wires(prices: Prices, grid: Grid, algorithm: str, load: Load, moe: in
     share_GG = load.traffic(moe)[1]
     if share_GG is None:
         return (cheapest(prices, grid, "ep", algorithm),) * 4
-    key = ("uneven", positions(grid, "ep"), grid.block, grid.pp, algorithm, moe, share_GG.tobytes())
+    content = id(load) if prices.counts_copies(algorithm) else share_GG.tobytes()
+    key = ("uneven", positions(grid, "ep"), grid.block, grid.pp, algorithm, moe, content)
     if key not in prices.cache:
         place = hottest(load, moe)
+        groups = [_ranks(grid, "ep", stage) for stage in _offsets(grid, prices.scenario.cluster)]
         ways = [
-            prices.uneven(_ranks(grid, "ep", stage), algorithm, share_GG, place=place)
-            for stage in _offsets(grid, prices.scenario.cluster)
+            prices.uneven(members, algorithm, share_GG, prices.reach(load, moe, members, algorithm), place=place)
+            for members in groups
         ]
-        prices.cache[key] = tuple(_least(list(way)) for way in zip(*ways, strict=True))
+        prices.cache[key] = tuple(least_of(way) for way in zip(*ways, strict=True))
     return prices.cache[key]  # type: ignore[return-value]

@@ -11,14 +11,17 @@ from functools import cached_property
 
 import numpy as np
 
+from moeplan import menu
 from moeplan.compiler.parts import Parts
-from moeplan.compiler.traffic import Pattern, expand
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.model import Layer
 from moeplan.domain.plan import DTYPE_BYTES, Capacity, Plan
 from moeplan.domain.program import Exchange, Floats, Pass, Work
 from moeplan.domain.scenario import Scenario
-from moeplan.partition.route import Load, Tokens, load_of
+from moeplan.network.expand import Pattern, expand
+from moeplan.partition.route import Load, Tokens, load_of, node_blocks
+from moeplan.planners._wires import Wire as Wire
+from moeplan.planners._wires import busiest, first_done, least_of, least_reach, until
 
 WORKS = ("mixer", "router", "dense", "shared", "merge")
 ENDS = ("embedding", "head", "prediction")
@@ -31,14 +34,6 @@ class Kind:
 
     layer: Layer
     moe: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wire:
-    """Seconds of an exchange of x bytes, no matter what else is on the wires: at least latency_s + x * per_byte_s."""
-
-    latency_s: float
-    per_byte_s: float
 
 
 @dataclass
@@ -177,12 +172,40 @@ class Prices:
             rows = max(0.0, np.floor(table.sum() / table.shape[1] - 0.5))
             evened.append(np.broadcast_to(np.float64(rows / len(table)), table.shape))
         found = Load(tokens_SE_by_layer=tuple(evened), num_places=load.num_places, is_even=True)
-        self.cache["spread", id(found)] = (_least_spread(load), found)
+        self.cache["spread", id(found)] = (_least_spread(load), load, found)
+        self.cache["sure", id(found)] = float(all((_by_pair(load, moe) > 0).all() for moe in range(len(evened))))
         return found
 
     def spread(self, load: Load) -> float:
         """What part of the traffic of even routing there is at least between places, and between blocks of places."""
         return self.cache["spread", id(load)][0] if self.coarse else 1.0  # type: ignore[index]
+
+    def sure(self, load: Load) -> float:
+        """What part of an all-to-all's latency there is at least: none where some places have nothing for others."""
+        return float(self.cache["sure", id(load)]) if self.coarse else 1.0  # type: ignore[arg-type]
+
+    @staticmethod
+    def counts_copies(algorithm: str) -> bool:
+        """Whether an all-to-all sends one copy of a token to a node."""
+        return bool(getattr(menu.module("collectives", algorithm), "COUNTS_COPIES", False))
+
+    def reach(self, load: Load, moe: int, members: tuple[int, ...], algorithm: str) -> Floats | None:
+        """What each place has for each node, each token once; None for an algorithm that does not count so.
+
+        Priced as if it were even it is the same everywhere, and no more than in the layer that has least.
+        """
+        if not self.counts_copies(algorithm):
+            return None
+        block_G = node_blocks(np.array([members]), self.scenario.cluster.gpus_per_node)
+        assert block_G is not None
+        if not self.coarse:
+            return load.reach(moe, block_G)
+        uneven: Load = self.cache["spread", id(load)][1]  # type: ignore[index]
+        routing = uneven.chosen[moe].routing
+        alike = [other for other, each in enumerate(uneven.chosen) if each.routing is routing]
+        tables = [uneven.reach(other, block_G) for other in alike]
+        least = min(0.0 if table is None else least_reach(table, block_G) for table in tables)
+        return np.full((len(members), max(block_G) + 1), least)
 
     def experts(self, plan: Plan, load: Load | None, *, recompute: str, parts: int) -> Floats:
         """Seconds [kind, which, pass] of the experts on the smallest of `parts` parts, at two places.
@@ -228,9 +251,22 @@ class Prices:
         """From one GPU to another."""
         return self._wire("send", "", (source, target))
 
-    def all_to_all(self, members: tuple[int, ...], algorithm: str) -> Wire:
-        """Equal shares between `members`."""
-        return self._wire("all_to_all", algorithm, members)
+    def all_to_all(self, members: tuple[int, ...], algorithm: str, reach_GB: Floats | None = None) -> Wire:
+        """Equal shares between `members`. A combine that counts copies takes as long as its dispatch, or is cheaper."""
+        if reach_GB is None:
+            return self._wire("all_to_all", algorithm, members)
+        key = ("wire", algorithm, members, reach_GB.tobytes())
+        if key not in self.cache:
+            self.cache[key] = self._either_way(members, algorithm, reach_GB)
+        return self.cache[key]  # type: ignore[return-value]
+
+    def _either_way(self, members: tuple[int, ...], algorithm: str, reach_GB: Floats) -> Wire:
+        cluster = self.scenario.cluster
+        ways = [
+            busiest(self._pattern("all_to_all", algorithm, members, reach_GB=reach_GB, kind=kind), cluster)
+            for kind in ("dispatch", "combine")
+        ]
+        return least_of(ways)
 
     def _wire(self, operation: str, algorithm: str, members: tuple[int, ...]) -> Wire:
         key = ("wire", operation, algorithm, members)
@@ -238,67 +274,36 @@ class Prices:
             self.cache[key] = (
                 Wire(latency_s=0.0, per_byte_s=0.0)
                 if len(members) == 1
-                else self._busiest(self._pattern(operation, algorithm, members))
+                else busiest(self._pattern(operation, algorithm, members), self.scenario.cluster)
             )
         return self.cache[key]  # type: ignore[return-value]
 
     def uneven(
-        self, members: tuple[int, ...], algorithm: str, share_GG: Floats, *, place: int
+        self, members: tuple[int, ...], algorithm: str, share_GG: Floats, reach_GB: Floats | None, *, place: int
     ) -> tuple[Wire, Wire, Wire, Wire]:
         """All-to-alls with these shares: out until all are done, out until `place` has its own, back until all are
         done, and back until the first is done.
         """
-        out = self._pattern("all_to_all", algorithm, members, share_GG)
-        back = self._pattern("all_to_all", algorithm, members, np.ascontiguousarray(share_GG.T))
-        own = (out.source_F == members[place]) | (out.target_F == members[place])
+        back_GG = np.ascontiguousarray(share_GG.T)
+        out = self._pattern("all_to_all", algorithm, members, share_GG, reach_GB=reach_GB, kind="dispatch")
+        back = self._pattern("all_to_all", algorithm, members, back_GG, reach_GB=reach_GB, kind="combine")
+        cluster = self.scenario.cluster
         return (
-            self._busiest(out),
-            self._busiest(out, own | (out.phase_F < out.phase_F.max(initial=0))),
-            self._busiest(back),
-            self._first_done(back, members),
+            busiest(out, cluster),
+            until(out, cluster, members[place]),
+            busiest(back, cluster),
+            first_done(back, cluster, members),
         )
 
     def _pattern(
-        self, operation: str, algorithm: str, members: tuple[int, ...], share_GG: Floats | None = None
-    ) -> Pattern:
+        self, operation: str, algorithm: str, members: tuple[int, ...], share_GG: Floats | None = None,
+        *, reach_GB: Floats | None = None, kind: str = "",
+    ) -> Pattern:  # fmt: skip
         exchange = Exchange(
-            kind="", operation=operation, algorithm=algorithm, groups_NG=np.array([members], np.int64), size_bytes=1.0,
-            share_GG=share_GG,
+            kind=kind, operation=operation, algorithm=algorithm, groups_NG=np.array([members], np.int64),
+            size_bytes=1.0, share_GG=share_GG, reach_GB=reach_GB,
         )  # fmt: skip
         return expand(exchange, self.scenario.cluster)
-
-    def _first_done(self, pattern: Pattern, members: tuple[int, ...]) -> Wire:
-        """Until one place has sent and got its own: by the links at its ends, behind the phases before the last."""
-        last = pattern.phase_F == pattern.phase_F.max(initial=0)
-        paths, share = pattern.paths_FH[last], pattern.share_F[last]
-        bandwidth_K, each = self.scenario.cluster.bandwidth_bytes_per_s_K, np.arange(len(paths))
-        per_byte_R = np.zeros(max(members) + 1)
-        ends = ((pattern.source_F, 0 * each), (pattern.target_F, (paths >= 0).sum(axis=1) - 1))
-        for rank_F, hop in ends:
-            link = paths[each, hop]
-            both, index = np.unique(np.stack([rank_F[last], link]), axis=1, return_inverse=True)
-            load = np.bincount(index.ravel(), weights=share)
-            np.maximum.at(per_byte_R, both[0], load / bandwidth_K[both[1]])
-        least = float(per_byte_R[list(members)].min())
-        before = self._busiest(pattern, ~last)
-        if least == 0:
-            return Wire(latency_s=0.0, per_byte_s=0.0)
-        return Wire(latency_s=before.latency_s, per_byte_s=before.per_byte_s + least)
-
-    def _busiest(self, pattern: Pattern, chosen_F: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None) -> Wire:
-        """Over the phases: their latency and the busiest link of the chosen transfers, or of all."""
-        chosen_F = np.ones(len(pattern.source_F), bool) if chosen_F is None else chosen_F
-        latency = per_byte = 0.0
-        for phase in range(int(pattern.phase_F.max(initial=-1)) + 1):
-            now = pattern.phase_F == phase
-            latency += float(pattern.delay_s_F[now].max(initial=0.0))
-            paths = pattern.paths_FH[now & chosen_F]
-            row, hop = np.nonzero(paths >= 0)
-            if len(row):
-                links, index = np.unique(paths[row, hop], return_inverse=True)
-                load = np.bincount(index, weights=pattern.share_F[now & chosen_F][row])
-                per_byte += float((load / self.scenario.cluster.bandwidth_bytes_per_s_K[links]).max())
-        return Wire(latency_s=latency, per_byte_s=per_byte)
 
     def element_bytes(self, what: str) -> float:
         """Bytes of an element of a class of operands."""
@@ -324,12 +329,17 @@ def _by_place(load: Load, moe: int) -> Floats:
     return np.asarray(by_expert.reshape(load.num_places, -1).sum(axis=1))
 
 
+def _by_pair(load: Load, moe: int) -> Floats:
+    table = load.tokens_SE_by_layer[moe]
+    return np.asarray(table.reshape(len(table), load.num_places, -1).sum(axis=2))
+
+
 def _least_spread(load: Load) -> float:
     """What leaves blocks of neighbouring places over what would if all were even: the least of all layers."""
     least, places = 1.0, load.num_places
-    for table in load.tokens_SE_by_layer:
+    for moe, table in enumerate(load.tokens_SE_by_layer):
         total = table.sum()
-        share_GG = table.reshape(len(table), places, -1).sum(axis=2) / total if total else np.zeros((1, 1))
+        share_GG = _by_pair(load, moe) / total if total else np.zeros((1, 1))
         for block in (size for size in range(1, places) if places % size == 0):
             cut = share_GG.reshape(places // block, block, places // block, block).sum(axis=(1, 3))
             least = min(least, float((cut.sum() - np.trace(cut)) / (1 - block / places)))

@@ -259,9 +259,9 @@ def _applies(name: str, scenario: Scenario, layout: Layout) -> bool:
 
 @lru_cache
 def all_to_alls() -> tuple[str, ...]:
-    """The dishes of the `collectives` menu that do an all-to-all."""
+    """The all-to-alls of the `collectives` menu that are tried unasked."""
     names = menu.names("collectives")
-    return tuple(name for name in names if "all_to_all" in menu.load("collectives", name, "OPERATIONS"))
+    return tuple(name for name in names if getattr(menu.module("collectives", name), "IS_USUAL", False))
 
 
 def _splits(scenario: Scenario, tp: int, cp: int) -> bool:

@@ -3,24 +3,33 @@
 .npz, counts: [layer, expert], [step, layer, expert] or [step, layer, source, expert]. .npz, expert_ids: [token, layer,
 pick]. JSON lines of counts: {"layer": 0, "counts": [...]}, and "step" and "source" where there are several. JSON lines
 of Megatron's --moe-routing-trace-path: {"step", "block", "layer", "rank", "topk", "top_indices"}, one file of one rank.
+Files that hold the choices of each token (expert_ids, top_indices) also say which experts go together.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.domain.routing import Routing
+from moeplan.domain.routing import Routing, TokenSets
 from moeplan.routers._laws import check_top_k
 from moeplan.routers._trace_files import existing_file, read_jsonl, read_npz, refuse
 
 Floats = npt.NDArray[np.float64]
 Holds = Literal["counts", "expert_ids"]
 _Key = tuple[str, int, int]
+_Ids = npt.NDArray[np.int32]
+
+
+class _Recorded(NamedTuple):
+    """What a file holds: counts, and where it has them the choices of the tokens of each layer and source."""
+
+    counts_LSE: Floats
+    ids_LS: list[list[_Ids]] | None
 
 
 def route(
@@ -48,12 +57,21 @@ def route(
         raise refuse(file, "holds", repr(holds), allowed="counts or expert_ids", remedy="use counts")
     shape = (num_layers, num_experts)
     if file.suffix == ".npz":
-        counts_LSE = _from_npz(file, read_npz(file, array), shape=shape, top_k=top_k, holds=holds, step=step)
+        found = _from_npz(file, read_npz(file, array), shape=shape, top_k=top_k, holds=holds, step=step)
     else:
         _refuse_npz_options(file, array, holds)
-        counts_LSE = _from_jsonl(file, shape=shape, top_k=top_k, step=step)
-    tokens_LSE = _scaled(file, counts_LSE, top_k=top_k, num_sources=num_sources) * tokens_per_source
-    return Routing(tokens_per_source=tokens_per_source, top_k=top_k, tokens_LSE=tokens_LSE)
+        found = _from_jsonl(file, shape=shape, top_k=top_k, step=step)
+    tokens_LSE = _scaled(file, found.counts_LSE, top_k=top_k, num_sources=num_sources) * tokens_per_source
+    sets_LS = None if found.ids_LS is None else _sets(found.ids_LS, num_sources)
+    return Routing(tokens_per_source=tokens_per_source, top_k=top_k, tokens_LSE=tokens_LSE, sets_LS=sets_LS)
+
+
+def _sets(ids_LS: list[list[_Ids]], num_sources: int) -> tuple[tuple[TokenSets, ...], ...]:
+    """Of each source if the file tells as many apart, else of all together."""
+    return tuple(
+        tuple(TokenSets.of(ids) for ids in (ids_S if len(ids_S) == num_sources else [np.concatenate(ids_S)]))
+        for ids_S in ids_LS
+    )
 
 
 def _refuse_npz_options(file: Path, array: str | None, holds: Holds) -> None:
@@ -69,7 +87,7 @@ def _refuse_npz_options(file: Path, array: str | None, holds: Holds) -> None:
 
 def _from_npz(
     file: Path, found: npt.NDArray[Any], *, shape: tuple[int, int], top_k: int, holds: Holds, step: int | None
-) -> Floats:
+) -> _Recorded:
     if holds == "expert_ids":
         if step is not None:
             raise refuse(file, "step", step, allowed="of effect on expert_ids, which have no steps", remedy="remove it")
@@ -82,30 +100,33 @@ def _from_npz(
     _check_shape(file, (counts_TLSE.shape[1], counts_TLSE.shape[3]), shape)
     _check_counts(file, "array", counts_TLSE)
     if step is None:
-        return np.asarray(counts_TLSE.sum(axis=0, dtype=np.float64))
+        return _Recorded(np.asarray(counts_TLSE.sum(axis=0, dtype=np.float64)), None)
     if not 0 <= step < num_steps:
         raise refuse(file, "step", step, allowed=f"0 to {num_steps - 1}", remedy="leave it out to add all steps up")
-    return np.asarray(counts_TLSE[step], dtype=np.float64)
+    return _Recorded(np.asarray(counts_TLSE[step], dtype=np.float64), None)
 
 
-def _count_ids(file: Path, ids_NLK: npt.NDArray[Any], *, shape: tuple[int, int], top_k: int) -> Floats:
+def _count_ids(file: Path, ids_NLK: npt.NDArray[Any], *, shape: tuple[int, int], top_k: int) -> _Recorded:
     if ids_NLK.ndim != 3 or ids_NLK.shape[2] != top_k:
         allowed = f"[token, layer, {top_k}]"
         raise refuse(file, "array", f"shape {ids_NLK.shape}", allowed=allowed, remedy="set holds or the model's top_k")
     _check_shape(file, (ids_NLK.shape[1], shape[1]), shape)
     _check_ids(file, "array", ids_NLK, num_experts=shape[1])
     counts_LE = [np.bincount(ids_NLK[:, layer].ravel(), minlength=shape[1]) for layer in range(shape[0])]
-    return np.array(counts_LE, dtype=np.float64)[:, None, :]
+    ids_LS = [[ids_NLK[:, layer].astype(np.int32)] for layer in range(shape[0])]
+    return _Recorded(np.array(counts_LE, dtype=np.float64)[:, None, :], ids_LS)
 
 
-def _from_jsonl(file: Path, *, shape: tuple[int, int], top_k: int, step: int | None) -> Floats:
+def _from_jsonl(file: Path, *, shape: tuple[int, int], top_k: int, step: int | None) -> _Recorded:
     """Counts added up over steps; layers in the order of their numbers, prediction layers after the others."""
     totals: dict[_Key, dict[int, Floats]] = defaultdict(dict)
+    ids: dict[tuple[_Key, int], list[_Ids]] = defaultdict(list)
     for place, record in read_jsonl(file):
         key, source, found_step = _key(file, place, record)
-        counts_E = _counts(file, place, record, num_experts=shape[1], top_k=top_k)
+        counts_E, ids_NK = _counts(file, place, record, num_experts=shape[1], top_k=top_k)
         if step in (None, found_step):
             totals[key][source] = totals[key].get(source, 0.0) + counts_E
+            ids[key, source].append(ids_NK)
     if not totals:
         raise refuse(file, "step", step, allowed="in the file", remedy="leave it out to add all steps up")
     decoder = {key: sources for key, sources in totals.items() if key[0] != "mtp"}
@@ -113,7 +134,12 @@ def _from_jsonl(file: Path, *, shape: tuple[int, int], top_k: int, step: int | N
     _check_shape(file, (len(layers), shape[1]), shape)
     sources = sorted({source for found in layers.values() for source in found})
     nothing = np.zeros(shape[1])
-    return np.array([[layers[key].get(source, nothing) for source in sources] for key in sorted(layers)])
+    counts_LSE = np.array([[layers[key].get(source, nothing) for source in sources] for key in sorted(layers)])
+    if not all(len(part) for parts in ids.values() for part in parts):
+        return _Recorded(counts_LSE, None)
+    none = [np.zeros((0, top_k), np.int32)]
+    ids_LS = [[np.concatenate(ids.get((key, source), none)) for source in sources] for key in sorted(layers)]
+    return _Recorded(counts_LSE, ids_LS)
 
 
 def _key(file: Path, place: str, record: dict[str, Any]) -> tuple[_Key, int, int]:
@@ -131,7 +157,8 @@ def _key(file: Path, place: str, record: dict[str, Any]) -> tuple[_Key, int, int
     return (block, numbers["mtp_idx"], numbers["layer"]), source, numbers["step"]
 
 
-def _counts(file: Path, place: str, record: dict[str, Any], *, num_experts: int, top_k: int) -> Floats:
+def _counts(file: Path, place: str, record: dict[str, Any], *, num_experts: int, top_k: int) -> tuple[Floats, _Ids]:
+    """Of a record, and the choices of its tokens: none if it has counts alone."""
     if ("counts" in record) == ("top_indices" in record):
         raise refuse(file, place, "it", allowed="a record of either counts or top_indices", remedy="use one of the two")
     field = f"{place}: counts" if "counts" in record else f"{place}: top_indices"
@@ -140,7 +167,7 @@ def _counts(file: Path, place: str, record: dict[str, Any], *, num_experts: int,
         if found.shape != (num_experts,):
             raise refuse(file, field, f"shape {found.shape}", allowed=f"{num_experts} numbers", remedy="fix the model")
         _check_counts(file, field, found)
-        return found.astype(np.float64)
+        return found.astype(np.float64), np.zeros((0, top_k), np.int32)
     if found.ndim != 2 or found.shape[1] != top_k:
         allowed = f"[tokens, top_k {top_k}]"
         raise refuse(file, field, f"shape {found.shape}", allowed=allowed, remedy="use the model that was traced")
@@ -148,7 +175,7 @@ def _counts(file: Path, place: str, record: dict[str, Any], *, num_experts: int,
         allowed = f"{len(found)}, the rows of top_indices"
         raise refuse(file, f"{place}: num_tokens", repr(stated)[:40], allowed=allowed, remedy="record it again")
     _check_ids(file, field, found, num_experts=num_experts)
-    return np.bincount(found.ravel(), minlength=num_experts).astype(np.float64)
+    return np.bincount(found.ravel(), minlength=num_experts).astype(np.float64), found.astype(np.int32)
 
 
 def _array(file: Path, field: str, found: object) -> npt.NDArray[Any]:

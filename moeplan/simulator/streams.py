@@ -1,94 +1,159 @@
 """Tasks start when what they wait for has ended: the task before on their stream, dependencies, and partners.
 
-Written on SimPy's events: a task is a timeout, an exchange a transfer of the network.
+Written on SimPy's events: a task is a timeout, an exchange a transfer of the network. The readable reference;
+`compiled.py` does the same, step by step.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import simpy
 from simpy.events import EventPriority
 
-from moeplan.domain.program import Floats, Ints, Program, Stream
-from moeplan.errors import SimulationError
+from moeplan.cost.cost_model import Shares
+from moeplan.domain.program import Floats, Program, Stream
 from moeplan.simulator.network import Network
+from moeplan.simulator.packed import EXPERT, YIELDING, followers, place_in_lane, with_stream_order
 
 _LAST = EventPriority(2)
 """Behind SimPy's URGENT (0) and NORMAL (1)."""
-_YIELDING = ("gradients", "parameters")
-"""Kinds of exchange that are cut into micro-ops and give way under `a2a_first`."""
+
+
+@dataclass
+class _Kernels:
+    """The task that a lane computes: what is left of it, at which speed, since when."""
+
+    task: int
+    left_s: float
+    speed: float
+    since_s: float
+    version: int
 
 
 class Streams:
-    """One run of a program. `start_s` and `end_s` are filled in as tasks start and end."""
+    """One run of a program. `start_s`, `end_s` and `lost_s` are filled in as tasks start and end."""
 
-    def __init__(self, env: simpy.Environment, program: Program, seconds_T: Floats) -> None:
-        self.env, self.program = env, program
-        self.network = Network(env, program)
+    def __init__(self, env: simpy.Environment, program: Program, seconds_T: Floats, shares: Shares) -> None:
+        self.env, self.program, self.shares = env, program, shares
+        self.network = Network(env, program, exchange_share=shares.exchange, on_moving=self._on_moving)
         size = len(program.tasks)
-        self.start_s, self.end_s = [-1.0] * size, [-1.0] * size
+        self.start_s, self.end_s, self.lost_s = [-1.0] * size, [-1.0] * size, [0.0] * size
         self.seconds = seconds_T.tolist()
         self.is_compute = (program.tasks.stream_T == Stream.COMPUTE).tolist()
         self.lane, self.unit = program.tasks.lane_T.tolist(), program.tasks.unit_T.tolist()
-        self.stream, self.place = program.tasks.stream_T.tolist(), _place_in_lane(program).tolist()
-        before, after = _with_stream_order(program)
+        self.stream, self.place = program.tasks.stream_T.tolist(), place_in_lane(program).tolist()
+        before, after = with_stream_order(program)
         self.waits = np.bincount(after, minlength=size).tolist()
-        self.next_from, self.next = _successors(before, after, size)
-        self.arrived: list[dict[int, deque[int]]] = [{} for _ in program.meetings]
+        first, after = followers(before, after, size)
+        self.first, self.followers = first.tolist(), after.tolist()
+        self.arrived: list[dict[int, int]] = [{} for _ in program.meetings]
         self.running: list[dict[int, int]] = [{} for _ in program.meetings]
+        self.computing: dict[int, _Kernels] = {}
+        self.speed = [1.0] * len(program.lanes)
+        self.num_runs, self.is_due = 0, False
         self.gate = {"fair": _Fair, "fifo": _OneAtATime, "a2a_first": _ExpertFirst}[program.arbitration](self)
 
     def run(self) -> None:
-        """Runs to the end. Raises SimulationError with the first stuck task if tasks wait for one another."""
+        """Runs to the end; tasks that wait for one another never start."""
         for task in [task for task, waits in enumerate(self.waits) if waits == 0]:
             self._start(task)
         self.env.run()
-        if -1.0 in self.end_s:
-            stuck = self._show(self.end_s.index(-1.0))
-            raise SimulationError(f"deadlock: {stuck} never runs; this is a defect of moeplan")
-
-    def _show(self, task: int) -> str:
-        tasks = self.program.tasks
-        where = f"lane {tasks.lane_T[task]}, layer {tasks.layer_T[task]}, micro-batch {tasks.microbatch_T[task]}"
-        return f"task {task} ({self.program.kind(task)}, {where})"
 
     def _start(self, task: int) -> None:
         self.start_s[task] = self.env.now
         if self.is_compute[task]:
-            self.env.timeout(self.seconds[task], task).callbacks.append(self._computed)
+            self._compute(task)
         else:
             self._arrive(task)
-
-    def _computed(self, event: Any) -> None:
-        self._end(event.value)
 
     def _end(self, task: int) -> None:
         self.end_s[task] = self.env.now
         waits = self.waits
-        for follower in self.next[self.next_from[task] : self.next_from[task + 1]]:
+        for follower in self.followers[self.first[task] : self.first[task + 1]]:
             waits[follower] -= 1
             if waits[follower] == 0:
                 self._start(follower)
+
+    # ---- the end of an instant
+
+    def settle_later(self) -> None:
+        """Has what is decided once for each instant decided when all of the present one has happened.
+
+        What comes at the same time comes in no order.
+        """
+        if not self.is_due:
+            self.is_due = True
+            _EndOfInstant(self.env).callbacks.append(self._settle)
+
+    def _settle(self, event: simpy.Event) -> None:
+        self.is_due = False
+        self.gate.decide()
+        if self.shares.compute < 1:
+            self._set_speeds()
+        if self.shares.exchange < 1:
+            is_computing = self.network.is_computing
+            changed = [lane for lane, known in enumerate(is_computing) if known != (lane in self.computing)]
+            self.network.compute_changed(changed)
+
+    def _set_speeds(self) -> None:
+        for lane, moving in enumerate(self.network.num_moving):
+            speed = self.shares.compute if moving else 1.0
+            if self.speed[lane] != speed:
+                self.speed[lane] = speed
+                if lane in self.computing:
+                    self._advance(self.computing[lane])
+                    self._go_on(lane)
+
+    # ---- compute
+
+    def _compute(self, task: int) -> None:
+        lane = self.lane[task]
+        self.computing[lane] = _Kernels(task, self.seconds[task], 1.0, self.env.now, 0)
+        self._go_on(lane)
+        if self.shares.exchange < 1:
+            self.settle_later()
+
+    def _go_on(self, lane: int) -> None:
+        """A lane's kernels run on at the lane's speed, until they end or the speed changes."""
+        kernels = self.computing[lane]
+        self.num_runs += 1
+        kernels.speed, kernels.version = self.speed[lane], self.num_runs
+        event = self.env.timeout(kernels.left_s / kernels.speed, (lane, kernels, kernels.version))
+        event.callbacks.append(self._computed)
+
+    def _advance(self, kernels: _Kernels) -> None:
+        step_s = self.env.now - kernels.since_s
+        kernels.since_s = self.env.now
+        kernels.left_s = max(0.0, kernels.left_s - kernels.speed * step_s)
+        self.lost_s[kernels.task] += (1.0 - kernels.speed) * step_s
+
+    def _computed(self, event: Any) -> None:
+        lane, kernels, version = event.value
+        if kernels.version == version:
+            self._advance(kernels)
+            del self.computing[lane]
+            if self.shares.exchange < 1:
+                self.settle_later()
+            self._end(kernels.task)
 
     # ---- exchanges
 
     def _arrive(self, task: int) -> None:
         """An exchange begins when all its lanes have come to it."""
         meeting = self.unit[task]
-        self.arrived[meeting].setdefault(self.lane[task], deque()).append(task)
+        assert self.lane[task] not in self.arrived[meeting], "a meeting is on two streams of a lane"
+        self.arrived[meeting][self.lane[task]] = task
         self.gate.arrived(meeting, self.lane[task])
         self._try(meeting)
 
     def _try(self, meeting: int) -> None:
         arrived = self.arrived[meeting]
-        if self.running[meeting] or len(arrived) < len(self.program.meetings[meeting].lanes):
-            return
-        self.running[meeting] = {lane: tasks.popleft() for lane, tasks in arrived.items()}
-        self.arrived[meeting] = {lane: tasks for lane, tasks in arrived.items() if tasks}
-        self.gate.begin(meeting)
+        if not self.running[meeting] and len(arrived) == len(self.program.meetings[meeting].lanes):
+            self.running[meeting], self.arrived[meeting] = arrived, {}
+            self.gate.begin(meeting)
 
     def lane_done(self, meeting: int, lane: int) -> None:
         """A lane's part of an exchange has ended."""
@@ -97,6 +162,19 @@ class Streams:
         self._end(task)
         if not self.running[meeting]:
             self._try(meeting)
+
+    def _on_moving(self) -> None:
+        if self.shares.compute < 1:
+            self.settle_later()
+
+
+class _EndOfInstant(simpy.Event):
+    """Happens now, behind all else that happens now: what is decided then does not hang on the order of events."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        super().__init__(env)
+        self._ok, self._value = True, None
+        env.schedule(self, priority=_LAST)
 
 
 class _Fair:
@@ -115,39 +193,11 @@ class _Fair:
     def left(self, meeting: int, lane: int) -> None:
         """A lane is done with an exchange."""
 
-
-class _EndOfInstant(simpy.Event):
-    """Happens now, behind all else that happens now: what is decided then does not hang on the order of events."""
-
-    def __init__(self, env: simpy.Environment) -> None:
-        super().__init__(env)
-        self._ok, self._value = True, None
-        env.schedule(self, priority=_LAST)
-
-
-class _Deciding(_Fair):
-    """Decides at the end of an instant what may start, since what came at the same time came in no order."""
-
-    def __init__(self, streams: Streams) -> None:
-        super().__init__(streams)
-        self.is_due = False
-
-    def decide_later(self) -> None:
-        """Has `decide` called once when all of the present instant has happened."""
-        if not self.is_due:
-            self.is_due = True
-            _EndOfInstant(self.streams.env).callbacks.append(self._decide)
-
-    def _decide(self, event: simpy.Event) -> None:
-        self.is_due = False
-        self.decide()
-
     def decide(self) -> None:
-        """Starts what may start."""
-        raise NotImplementedError
+        """Starts what may start, at the end of an instant."""
 
 
-class _OneAtATime(_Deciding):
+class _OneAtATime(_Fair):
     """A lane has one exchange on the wire at a time, in the order in which they were ready; at once: by stream."""
 
     def __init__(self, streams: Streams) -> None:
@@ -162,12 +212,12 @@ class _OneAtATime(_Deciding):
         stream = min(streams.stream[task] for task in tasks)
         place = min(streams.place[task] for task in tasks)
         self.queue.append((streams.env.now, stream, place, meeting))
-        self.decide_later()
+        streams.settle_later()
 
     def left(self, meeting: int, lane: int) -> None:
         """Frees the lane."""
         self.busy.discard(lane)
-        self.decide_later()
+        self.streams.settle_later()
 
     def decide(self) -> None:
         """Starts each exchange whose lanes are free and wanted by none before it."""
@@ -183,7 +233,7 @@ class _OneAtATime(_Deciding):
         self.queue = waiting
 
 
-class _ExpertFirst(_Deciding):
+class _ExpertFirst(_Fair):
     """Gradients and parameters go in micro-ops; none starts while a dispatch or combine of its lanes is on or due.
 
     Reference: Li et al., "Lina" (USENIX ATC 2023), section 4.1.
@@ -193,8 +243,8 @@ class _ExpertFirst(_Deciding):
         super().__init__(streams)
         program = streams.program
         kinds = [program.exchanges[meeting.exchange].kind for meeting in program.meetings]
-        self.yields = [kind in _YIELDING for kind in kinds]
-        self.expert = [kind in ("dispatch", "combine") for kind in kinds]
+        self.yields = [kind in YIELDING for kind in kinds]
+        self.expert = [kind in EXPERT for kind in kinds]
         self.expert_on = [0] * len(program.lanes)
         self.held: list[tuple[int, int]] = []
         self.part: dict[int, int] = {}
@@ -215,11 +265,11 @@ class _ExpertFirst(_Deciding):
         """Lets held micro-ops go when the last dispatch or combine of their lanes has left."""
         if self.expert[meeting]:
             self.expert_on[lane] -= 1
-            self.decide_later()
+            self.streams.settle_later()
 
     def _hold(self, meeting: int, part: int) -> None:
         self.held.append((meeting, part))
-        self.decide_later()
+        self.streams.settle_later()
 
     def decide(self) -> None:
         """Starts the held micro-ops whose lanes have no dispatch or combine on or due."""
@@ -239,29 +289,3 @@ class _ExpertFirst(_Deciding):
             self.streams.lane_done(meeting, lane)
         elif self.on[meeting] == 0:
             self._hold(meeting, self.part[meeting] + 1)
-
-
-def _with_stream_order(program: Program) -> tuple[Ints, Ints]:
-    """The dependencies, and each task behind the one before it on its stream."""
-    tasks = program.tasks
-    order = np.lexsort((np.arange(len(tasks)), tasks.stream_T, tasks.lane_T))
-    lane, stream = tasks.lane_T[order], tasks.stream_T[order]
-    same = (lane[1:] == lane[:-1]) & (stream[1:] == stream[:-1])
-    before = np.concatenate([program.before_D, order[:-1][same]])
-    after = np.concatenate([program.after_D, order[1:][same]])
-    return before, after
-
-
-def _place_in_lane(program: Program) -> Ints:
-    """How many tasks of its lane stand before each task."""
-    order = np.argsort(program.tasks.lane_T, kind="stable")
-    counts = np.bincount(program.tasks.lane_T)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return place
-
-
-def _successors(before: Ints, after: Ints, size: int) -> tuple[list[int], list[int]]:
-    order = np.argsort(before, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(before, minlength=size))])
-    return starts.tolist(), after[order].tolist()

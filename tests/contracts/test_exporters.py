@@ -62,7 +62,8 @@ def build_timeline(*, work: str = "attention", rows: tuple[tuple[int, ...], ...]
             Rendezvous(exchange=GRADIENTS, lanes=(0,), phases=()),
         ),
         flows=Flows(
-            share_C=floats, count_C=ints, crossing_CK=np.zeros((0, 0)), capacity_bytes_per_s_K=floats, link_kind_K=(),
+            share_C=floats, extra_bytes_C=floats,
+            count_C=ints, crossing_CK=np.zeros((0, 0)), capacity_bytes_per_s_K=floats, link_kind_K=(),
             num_links_K=ints, lanes_C=((0,),),
         ),
         tasks=Tasks(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import moeplan as mp
+from moeplan import menu
 from moeplan.compiler.compile_plan import compile_plan
 from moeplan.cost.cost_model import CostModel
 from moeplan.partition import footprint
@@ -35,6 +36,13 @@ WIDE: dict[str, Any] = {
 MIXTRAL = {"cluster.nodes": 2, "workload.global_batch": 32, "workload.sequence": 1024}
 DEEPSEEK = {"cluster.nodes": 2, "workload.global_batch": 16, "workload.sequence": 512}
 FEW = {"workload.sequence": 64}
+COPIES = {"choose.all_to_all": ["node_dedup", "tp_coordinated"], "choose.rank_order": "tp-cp-dp-ep-pp"}
+"""Each token goes to a node once; experts are far apart, so that there are several nodes."""
+ALL_TO_ALLS = {
+    "choose.all_to_all": [
+        name for name in menu.names("collectives") if "all_to_all" in menu.module("collectives", name).OPERATIONS
+    ]
+}
 TORUS = {"extends": "tpu-v4-torus", "nodes": 4, "fabric": {"shape": [4, 2, 2]}}
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "balanced": ("mixtral-8x7b-64xh100", MIXTRAL, 10),
@@ -72,6 +80,22 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "hyper-connections": ("small-two-nodes", WIDE | FEW | {"model": "deepseek-v4-flash"}, 5),
     "prefill": ("mixtral-8x7b-prefill-8xh100", {"choose.pp": [1, 2, 4], "workload.global_batch": 16}, 8),
     "decode": ("deepseek-v3-decode-128xh800", {"nodes": 1, "workload.global_batch": 32, "choose.pp": [1, 2]}, 4),
+    "one-copy-to-a-node": ("mixtral-8x7b-64xh100", MIXTRAL | COPIES, 6),
+    "one-copy-to-a-node-skewed": ("mixtral-8x7b-64xh100", MIXTRAL | COPIES | {"routing.skew": 0.9}, 6),
+    "one-copy-to-a-node-drawn": ("mixtral-8x7b-64xh100", MIXTRAL | COPIES | {"routing.router": "multinomial"}, 4),
+    "one-copy-to-a-node-dropped": (
+        "mixtral-8x7b-64xh100",
+        MIXTRAL | COPIES | {"routing.skew": 0.9, "choose.capacity": {"rule": "drop", "factor": 1.1}},
+        4,
+    ),
+    "one-copy-to-a-node-of-a-group": ("deepseek-v3-2048xh800", DEEPSEEK | COPIES, 3),
+    "every-all-to-all": ("small-two-nodes", WIDE | ALL_TO_ALLS, 24),
+    "every-all-to-all-skewed": (
+        "small-two-nodes",
+        WIDE | FEW | ALL_TO_ALLS | {"cluster.nodes": 4, "routing.skew": 0.9},
+        24,
+    ),
+    "every-all-to-all-on-a-torus": ("small-8-gpus", WIDE | FEW | ALL_TO_ALLS | {"cluster": TORUS}, 12),
     "dense": ("llama-3-70b-128xh100", {"nodes": 2, "workload.global_batch": 32, "workload.sequence": 1024}, 6),
 }
 """Scenario, changes that make it small, and how many plans are drawn of it."""

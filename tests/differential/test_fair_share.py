@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.domain.program import Exchange, Flows, Lane, Phase, Program, Rendezvous, Tasks
-from moeplan.simulator.fair_share import max_min_rates
-from moeplan.simulator.network import Network
+from moeplan.simulator.network import Network, max_min_rates
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ def test_a_flow_over_no_link_has_no_limit() -> None:
 def program_of(net: Net, sizes: Sequence[float], latencies_s: Sequence[float]) -> Program:
     """One exchange of one flow on one lane for each path."""
     flows = Flows(
-        share_C=np.ones(len(net.paths)), count_C=np.ones(len(net.paths), np.int64), crossing_CK=net.crossing,
+        share_C=np.ones(len(net.paths)), extra_bytes_C=np.zeros(len(net.paths)),
+        count_C=np.ones(len(net.paths), np.int64), crossing_CK=net.crossing,
         capacity_bytes_per_s_K=np.array(net.capacity), link_kind_K=("wire",) * len(net.capacity),
         num_links_K=np.ones(len(net.capacity), np.int64), lanes_C=tuple((lane,) for lane in range(len(net.paths))),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from moeplan import catalogue, menu
 from moeplan.compiler.compile_plan import compile_plan
-from moeplan.cost.cost_model import Cost, CostModel
+from moeplan.cost.cost_model import Cost, CostModel, Shares
 from moeplan.domain.cluster import Cluster
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Pass, Stream, Work
@@ -50,6 +50,8 @@ def scenario(model: str, num_gpus: int, microbatches: int, num_layers: int) -> S
 
 class EqualStages:
     """Costs of a layer's passes; the ends of the model and the optimizer cost nothing."""
+
+    shares = Shares()
 
     def __init__(self, forward_s: float, input_s: float, weight_s: float) -> None:
         self.seconds = {"forward": forward_s, "input": input_s, "weight": weight_s}

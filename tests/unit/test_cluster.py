@@ -10,102 +10,27 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
+from _racks import (
+    GPU,
+    LINKS,
+    NIC,
+    SWITCHED,
+    TORUS,
+    all_pairs,
+    cluster,
+    clusters,
+    names_on,
+    shapes,
+    spec,
+    torus,
+    two_sockets,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moeplan.domain.cluster import Cluster, ClusterSpec, Gpu, build_cluster
+from moeplan.domain.cluster import Cluster, Gpu
 from moeplan.errors import CatalogueError
-
-GPU = Gpu(
-    name="a-gpu",
-    memory_bytes=80e9,
-    usable_memory_bytes=72e9,
-    memory_bandwidth_bytes_per_s=3e12,
-    peak_flops_per_s={"bf16": 1e15},
-    num_sms=132,
-    l2_cache_bytes=5e7,
-    tdp_w=700.0,
-    kernel_launch_s=4e-6,
-    gemm_efficiency=0.8,
-    grouped_gemm_efficiency=0.7,
-    attention_efficiency=0.6,
-    memory_efficiency=0.9,
-)
-LINKS = {
-    "nvlink": {"bandwidth_bytes_per_s": 450e9, "latency_s": 1e-6},
-    "pcie": {"bandwidth_bytes_per_s": 64e9, "latency_s": 5e-7},
-}
-SWITCHED = [{"from": "gpu*", "to": "nvswitch", "link": "nvlink"}, {"from": "nic*", "to": "gpu*", "link": "pcie"}]
-NIC = {"per_node": 4, "bandwidth_bytes_per_s": 50e9, "latency_s": 6e-7, "efficiency": 0.9, "message_overhead_s": 5e-6}
-TORUS = {"nic": None, "wiring": [], "links": {"ici": {"bandwidth_bytes_per_s": 50e9, "latency_s": 1e-6}}}
-
-
-def spec(**changes: Any) -> ClusterSpec:
-    """Four machines of four GPUs and four NICs on one switch, changed."""
-    fields = {
-        "name": "rack",
-        "gpu": GPU,
-        "nodes": 4,
-        "gpus_per_node": 4,
-        "links": LINKS,
-        "wiring": SWITCHED,
-        "nic": NIC,
-    }
-    return ClusterSpec.model_validate({**fields, "fabric": {"kind": "single_switch", "latency_s": 2e-7}, **changes})
-
-
-def cluster(**changes: Any) -> Cluster:
-    return build_cluster(spec(**changes))
-
-
-def torus(*shape: int) -> Cluster:
-    size = int(np.prod(shape))
-    return cluster(nodes=size, gpus_per_node=1, fabric={"kind": "torus", "shape": list(shape), "link": "ici"}, **TORUS)
-
-
-def two_sockets(nodes: int = 2) -> Cluster:
-    """As johnny: four GPUs on each socket, one NIC on the first."""
-    links = {name: {"bandwidth_bytes_per_s": rate} for name, rate in (("pcie", 11e9), ("socket_link", 22.5e9))}
-    wiring = [
-        {"from": "gpu0-3", "to": "socket0", "link": "pcie"},
-        {"from": "gpu4-7", "to": "socket1", "link": "pcie"},
-        {"from": "socket0", "to": "socket1", "link": "socket_link"},
-        {"from": "nic0", "to": "socket0", "link": "pcie"},
-    ]
-    return cluster(nodes=nodes, gpus_per_node=8, links=links, wiring=wiring, nic={**NIC, "per_node": 1})
-
-
-def all_pairs(wanted: Cluster) -> tuple[np.ndarray, np.ndarray]:
-    src, dst = np.divmod(np.arange(wanted.num_gpus**2), wanted.num_gpus)
-    return src, dst
-
-
-def names_on(wanted: Cluster, src: int, dst: int) -> list[str]:
-    links = wanted.path(src, dst)
-    return [wanted.link_ends(link)[0] for link in links] + [wanted.link_ends(link)[1] for link in links[-1:]]
-
-
-kinds = st.sampled_from(["single_switch", "fat_tree", "rail_optimised"])
-shapes = st.lists(st.integers(1, 6), min_size=1, max_size=3).filter(lambda shape: np.prod(shape) <= 60)
-
-
-@st.composite
-def clusters(draw: st.DrawFn) -> Cluster:
-    """Machines with switches, direct wires or two sockets, under every kind of fabric."""
-    if draw(st.booleans()):
-        return torus(*draw(shapes))
-    nodes, gpus, kind = draw(st.integers(1, 7)), draw(st.integers(1, 5)), draw(kinds)
-    fabric: dict[str, Any] = {"kind": kind, "latency_s": 1e-7}
-    if kind != "single_switch":
-        fabric |= {"nodes_per_leaf": draw(st.integers(1, 4)), "oversubscription": draw(st.sampled_from([1.0, 2.0]))}
-    if draw(st.booleans()):
-        return cluster(nodes=nodes, gpus_per_node=gpus, nic={**NIC, "per_node": gpus}, fabric=fabric)
-    wiring = [{"from": f"gpu{a}", "to": f"gpu{b}", "link": "nvlink"} for a in range(gpus) for b in range(a)]
-    wiring += [{"from": "gpu*", "to": "host", "link": "pcie"}, {"from": "nic*", "to": "host", "link": "pcie"}]
-    links = LINKS if gpus > 1 else {"pcie": LINKS["pcie"]}
-    nic = {**NIC, "per_node": draw(st.integers(1, 5))}
-    return cluster(nodes=nodes, gpus_per_node=gpus, links=links, wiring=wiring, nic=nic, fabric=fabric)
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,7 +77,7 @@ def test_the_tier_says_what_the_path_crosses(wanted: Cluster) -> None:
     assert np.array_equal(tier <= 1, wanted.node_of(src) == wanted.node_of(dst))
     if not wanted.spec.is_torus:
         assert np.array_equal(tier >= 2, (kind_FH == "nic").any(axis=1))
-        assert np.array_equal(tier == 3, (kind_FH == "leaf").any(axis=1))
+        assert np.array_equal(tier == 3, ((kind_FH == "leaf") | (kind_FH == "optical")).any(axis=1))
 
 
 @pytest.mark.parametrize("kind", ["single_switch", "fat_tree", "rail_optimised"])

@@ -10,12 +10,12 @@ import pytest
 
 from moeplan import catalogue
 from moeplan.compiler.compile_plan import compile_plan
-from moeplan.compiler.traffic import expand
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Pass, Program, Stream
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import PlanError, SimulationError
+from moeplan.network.expand import expand
 from moeplan.simulator.noise import Noise
 from moeplan.simulator.simulate import simulate
 
@@ -260,7 +260,7 @@ def test_dropped_tokens_are_not_computed_and_padding_is() -> None:
             ("num_microbatches: 2", "from 4"),
         ),
         ({"all_to_all": "two_stage", "ep": 8}, ("two_stage", "no effect", "use 'linear'")),
-        ({"all_to_all": "ring", "ep": 8}, ("ring", "not an all-to-all")),
+        ({"all_to_all": "tree", "ep": 8}, ("tree", "not an all-to-all")),
         ({"overlap_degree": 2}, ("overlap_degree 2", "no effect", "use 1")),
     ],
 )

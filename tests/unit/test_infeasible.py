@@ -66,7 +66,7 @@ def plannable(name: str, changes: Changes) -> bool:
     ("changes", "words"),
     [
         ({"choose.schedule": "1f1b"}, ("choose.schedule", "'1f1b'", "one_f_one_b")),
-        ({"choose.all_to_all": "ring"}, ("choose.all_to_all", "'ring'", "linear")),
+        ({"choose.all_to_all": "tree"}, ("choose.all_to_all", "'tree'", "linear")),
         ({"choose.tp": []}, ("choose.tp", "empty", "name a value")),
         ({"choose.zero_dense": 4}, ("choose.zero_dense", "4", "at most 3")),
         ({"choose.capacity": {"rule": "drop"}}, ("choose.capacity", "'drop'", "1.25")),

@@ -85,7 +85,8 @@ def _program(build: Builder, stages: int) -> Program:
             *(Rendezvous(exchange=1 + s, lanes=(s,), phases=()) for s in range(stages - 1)),
         ),
         flows=Flows(
-            share_C=floats, count_C=ints, crossing_CK=np.zeros((0, 0)), capacity_bytes_per_s_K=floats, link_kind_K=(),
+            share_C=floats, extra_bytes_C=floats,
+            count_C=ints, crossing_CK=np.zeros((0, 0)), capacity_bytes_per_s_K=floats, link_kind_K=(),
             num_links_K=ints, lanes_C=((0,),),
         ),
         tasks=Tasks(

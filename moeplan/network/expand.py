@@ -1,4 +1,4 @@
-"""Exchanges written out as transfers between GPUs, over the wires that they take. F transfers, H hops, K links."""
+"""Exchanges written out as transfers between GPUs, over the wires that they take. F transfers, H hops, P phases."""
 
 from __future__ import annotations
 
@@ -28,21 +28,36 @@ class Pattern:
     """The latency of the path and a message's overhead, as often as the wave has steps. A phase waits for its
     longest.
     """
+    extra_bytes_F: Floats
+    """What the narrowest link of the path could carry in the gaps between the messages."""
+    copy_s_per_byte_P: Floats
+    """Of each phase: seconds of copying in the GPUs' own memory for each byte of the exchange."""
 
 
 def pattern_key(exchange: Exchange) -> tuple[object, ...]:
     """Exchanges with the same key move the same shares between the same ranks."""
-    share = None if exchange.share_GG is None else exchange.share_GG.tobytes()
-    return (exchange.operation, exchange.algorithm, exchange.groups_NG.shape, exchange.groups_NG.tobytes(), share)
+    tables = (exchange.share_GG, exchange.reach_GB)
+    return (
+        exchange.operation,
+        exchange.algorithm,
+        exchange.groups_NG.shape,
+        exchange.groups_NG.tobytes(),
+        *(None if table is None else table.tobytes() for table in tables),
+    )
 
 
 def expand(exchange: Exchange, cluster: Cluster) -> Pattern:
     """The transfers of `exchange` in every group, with their paths."""
-    waves = _waves(exchange, cluster)
+    return pattern_of(exchange, _waves(exchange, cluster), cluster)
+
+
+def pattern_of(exchange: Exchange, waves: list[Wave], cluster: Cluster) -> Pattern:
+    """The transfers of some waves, with their paths."""
     source = np.concatenate([wave.source_F for wave in waves])
     target = np.concatenate([wave.target_F for wave in waves])
     phase = np.repeat(np.arange(len(waves)), [len(wave.source_F) for wave in waves])
     delay_F = cluster.path_latency_s(source, target) + cluster.path_overhead_s(source, target)
+    gap_F = cluster.path_gap_s(source, target) * np.array([wave.messages for wave in waves])[phase]
     return Pattern(
         groups_NG=exchange.groups_NG,
         phase_F=phase,
@@ -53,6 +68,8 @@ def expand(exchange: Exchange, cluster: Cluster) -> Pattern:
         share_F=np.concatenate([wave.share_F for wave in waves]),
         paths_FH=cluster.paths(source, target),
         delay_s_F=delay_F * np.array([wave.steps for wave in waves])[phase],
+        extra_bytes_F=gap_F * np.where(gap_F > 0, cluster.path_bandwidth_bytes_per_s(source, target), 0.0),
+        copy_s_per_byte_P=np.array([wave.copy_share for wave in waves]) / cluster.gpu.copy_bytes_per_s,
     )
 
 
@@ -63,7 +80,7 @@ def _waves(exchange: Exchange, cluster: Cluster) -> list[Wave]:
         ones = np.ones(len(groups))
         return [Wave(source_F=groups[:, 0], target_F=groups[:, 1], share_F=ones, group_F=each, bundle_F=each)]
     waves = menu.load("collectives", exchange.algorithm, "waves")
-    found: list[Wave] = waves(exchange.operation, groups, exchange.share_GG, cluster)
+    found: list[Wave] = waves(exchange, cluster)
     return [wave for wave in found if len(wave.source_F)] or found[:1]
 
 
