@@ -37,7 +37,7 @@ HOMES = {
 }
 MENUS = {"routers", "collectives", "schedules", "adaptations", "placers", "planners", "importers", "exporters"}
 MACHINES = sorted({path.parent.name for path in FILES if path.parent != HOUSE} - MENUS)
-MOST_FILES = {"domain": 23, "network": 12}
+MOST_FILES = {"domain": 24, "network": 12}
 """Machines that hold more than nine files, and how many."""
 
 

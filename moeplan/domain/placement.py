@@ -1,0 +1,144 @@
+"""Which GPU holds which experts of a layer, and how their tokens are split between replicas.
+
+Axes of arrays: E expert, G GPU of the expert-parallel group, N node, R replica, S source of tokens (one row where all
+sources are alike, else a row for each node).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import PlanError
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Split = Literal["even", "optimal"]
+"""even: each replica of an expert gets the same share, as serving engines do. optimal: whatever is best."""
+
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPrices:
+    """What one token copy costs where, in seconds, when the cluster's shape counts.
+
+    A layer takes `exchange_factor * max(NIC in or out of a node, NVLink into a GPU) + the slowest GPU's experts`.
+    """
+
+    gpus_per_node: int
+    compute_s: float
+    """Of one token copy in one expert."""
+    nic_s: float
+    """Of one copy through all NICs of a node, in one direction."""
+    nvlink_s: float
+    """Of one copy into a GPU from another GPU of its node, or from the NIC side through NVLink."""
+    exchange_factor: float = 2.0
+    """Seconds of dispatch and combine together over those of dispatch: 2 if both send equally wide numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PlacementProblem:
+    """One layer's experts to be put on GPUs: `slots` replicas in all, at most ceil(slots / GPUs) on a GPU.
+
+    Without `prices` the objective is the tokens of the fullest GPU, with them the seconds that `TokenPrices` states.
+    No expert stands twice on a GPU, and every slot is used. `now` is where experts stand; with `max_moves` at most
+    so many replicas may stand where they did not stand before.
+    Raises PlanError for loads that are negative, not finite, all zero or of the wrong shape, and for too few or too
+    many slots.
+    """
+
+    tokens_SE: Floats
+    num_gpus: int
+    slots: int
+    split: Split = "even"
+    prices: TokenPrices | None = None
+    now: LayerPlacement | None = None
+    max_moves: int | None = None
+
+    def __post_init__(self) -> None:
+        tokens_SE = np.array(self.tokens_SE, dtype=np.float64, ndmin=2)
+        if tokens_SE.ndim != 2 or 0 in tokens_SE.shape:
+            raise PlanError(f"load: shape {np.shape(self.tokens_SE)} is not (sources, experts); give a row of counts")
+        if not np.isfinite(tokens_SE).all() or tokens_SE.min() < 0 or not tokens_SE.any():
+            raise PlanError("load: counts must be finite, 0 or more, and not all 0; count tokens of each expert")
+        tokens_SE.setflags(write=False)
+        object.__setattr__(self, "tokens_SE", tokens_SE)
+        if self.num_gpus < 1 or not self.num_experts <= self.slots <= self.num_experts * self.num_gpus:
+            raise PlanError(
+                f"slots: {self.slots} do not hold {self.num_experts} experts on {self.num_gpus} GPUs without an expert "
+                f"twice on a GPU; use {self.num_experts} to {self.num_experts * max(self.num_gpus, 1)}"
+            )
+        if self.max_moves is not None and self.now is None:
+            raise PlanError("max_moves has no effect without a present placement; give the placement to start from")
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return int(self.tokens_SE.shape[1])
+
+    @property
+    def tokens_E(self) -> Floats:
+        """Tokens of each expert, from all sources."""
+        return np.asarray(self.tokens_SE.sum(axis=0))
+
+    @property
+    def slots_per_gpu(self) -> int:
+        """The most replicas that a GPU holds."""
+        return -(-self.slots // self.num_gpus)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LayerPlacement:
+    """Replica r of expert `expert_R[r]` stands on GPU `gpu_R[r]` and gets `share_SR[s, r]` of source s's tokens of it.
+
+    Replicas are sorted by expert, then GPU. Shares of an expert sum to 1 for every source. Arrays are read-only.
+    """
+
+    expert_R: Ints
+    gpu_R: Ints
+    share_SR: Floats
+
+    def __post_init__(self) -> None:
+        expert_R, gpu_R = np.asarray(self.expert_R, np.int64), np.asarray(self.gpu_R, np.int64)
+        share_SR = np.array(self.share_SR, dtype=np.float64, ndmin=2)
+        order = np.lexsort((gpu_R, expert_R))
+        for name, array in (("expert_R", expert_R[order]), ("gpu_R", gpu_R[order]), ("share_SR", share_SR[:, order])):
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+        sums_SE = np.array([np.bincount(self.expert_R, weights=row) for row in self.share_SR])
+        if expert_R.size == 0 or np.abs(sums_SE - 1).max() > _SLACK or self.share_SR.min() < -_SLACK:
+            raise PlanError("placement: the shares of an expert's replicas must be 0 or more and sum to 1; scale them")
+
+    @staticmethod
+    def even(expert_R: npt.ArrayLike, gpu_R: npt.ArrayLike) -> LayerPlacement:
+        """Each replica of an expert gets the same share of its tokens."""
+        expert = np.asarray(expert_R, np.int64)
+        share_R = 1.0 / np.bincount(expert)[expert]
+        return LayerPlacement(expert_R=expert, gpu_R=np.asarray(gpu_R, np.int64), share_SR=share_R[None, :])
+
+    def moves_from(self, now: LayerPlacement) -> int:
+        """Replicas that stand where `now` has none of their expert: each is one transfer of an expert's weights."""
+        stood = set(zip(now.expert_R.tolist(), now.gpu_R.tolist(), strict=True))
+        return sum(pair not in stood for pair in zip(self.expert_R.tolist(), self.gpu_R.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PlacedLayer:
+    """A placement with its certificate: no legal placement of the stated problem is below `lower_bound`."""
+
+    placement: LayerPlacement
+    value: float
+    """Tokens of the fullest GPU, or seconds where the problem has prices; as the checker works it out."""
+    lower_bound: float
+    proof: str
+    """How the bound was found, as a sentence."""
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """How far above the bound the value is: value / lower_bound - 1, 0 where proven best."""
+        return max(0.0, self.value / self.lower_bound - 1) if self.lower_bound > 0 else float("inf")
