@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moeplan.compiler.blocks import Block
+from moeplan.compiler.blocks import NO_LAYER, Block
 from moeplan.compiler.passes import PartBlocks
 from moeplan.domain.program import Pass, Stream
 from moeplan.partition.stages import VirtualStage
@@ -43,7 +43,7 @@ def closing(blocks: PartBlocks, chunks: list[int]) -> StepBlock:
     parts, found = blocks.writer.parts, StepBlock()
     for chunk in chunks:
         stage = blocks.stage_of(chunk)
-        for weights in reversed(list(weights_of(stage, parts.model, parts.plan))):
+        for weights in _as_ready(stage, list(weights_of(stage, parts.model, parts.plan))):
             for expert, zero in ((False, parts.plan.zero_dense), (True, parts.plan.zero_expert)):
                 operation = {0: "all_reduce", 1: "reduce_scatter"}.get(zero)
                 if operation:
@@ -59,6 +59,13 @@ def closing(blocks: PartBlocks, chunks: list[int]) -> StepBlock:
             found.block.before.append(update[0])
             found.block.after.append(step)
     return found
+
+
+def _as_ready(stage: VirtualStage, weights: list[Weights]) -> list[Weights]:
+    """In the order in which the backward pass ends with them: the head first, the embedding last."""
+    ends = [each for each in weights if each.layer == NO_LAYER]
+    layers = [each for each in reversed(weights) if each.layer != NO_LAYER]
+    return layers + ends if stage.has_embedding else ends + layers
 
 
 def optimizer_share(blocks: PartBlocks) -> float:

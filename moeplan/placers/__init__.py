@@ -4,9 +4,9 @@ A dish has
 
     place(problem, *, rng, time_limit_s) -> PlacedLayer
 
-Law, held by `tests/contracts/test_placers.py` for every dish: the placement is legal (every expert somewhere, none twice
-on a GPU, every slot used, no GPU over ceil(slots / GPUs)), conserves tokens, its value is what the checker works out, its
-bound is never above its value, and the same `rng` gives the same placement.
+Law, held by `tests/contracts/test_placers.py` for every dish: the placement is legal (every expert somewhere, none
+twice on a GPU, every slot used, no GPU over ceil(slots / GPUs)), conserves tokens, its value is what the checker works
+out, its bound is never above its value, and the same `rng` gives the same placement.
 
 A complete dish:
 

@@ -19,90 +19,20 @@ from itertools import pairwise, product
 import numpy as np
 
 from moeplan import menu
+from moeplan.cost.cost_model import Shares
 from moeplan.domain.model import Layer
-from moeplan.domain.program import Floats, Ints
+from moeplan.domain.program import Floats
 from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Load
 from moeplan.planners._chains import Chain, Exchanges, backward, forward, weights
 from moeplan.planners._groups import Grid, cheapest, even_wire, even_wires, grid_of, send_wire, uneven_wires
 from moeplan.planners._outline import outline_of
 from moeplan.planners._pairs import Pairs
+from moeplan.planners._passes import Chains, Passes, Shape
 from moeplan.planners._prices import ENDS, WORKS, Kind, Prices, hottest
 from moeplan.planners._space import Branch, Layout
 
 _F, _B, _I, _W = range(4)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Passes:
-    """Least seconds of the passes through each virtual stage, [V, U]: chains of F, B, I; W; and what a pair can
-    hide.
-    """
-
-    forward: Floats
-    backward: Floats
-    input_gradient: Floats
-    weight_gradient: Floats
-    busy_forward: Floats
-    busy_backward: Floats
-    sent_forward: Floats
-    sent_backward: Floats
-    hop: Floats
-    """[U]: from one pipeline rank to the next."""
-
-    @property
-    def any_backward(self) -> Floats:
-        """A whole backward pass, split or not."""
-        return np.minimum(self.backward, self.input_gradient + self.weight_gradient)
-
-    def pair_s(self, forward: int, backward: int) -> Floats:
-        """[U]: at least a slot of F of one virtual stage and B of another: each chain, all computation, all
-        exchanges.
-        """
-        alone = np.maximum(self.forward[forward], self.backward[backward])
-        busy = self.busy_forward[forward] + self.busy_backward[backward]
-        return np.asarray(
-            np.maximum(np.maximum(alone, busy), self.sent_forward[forward] + self.sent_backward[backward])
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """Where the layers are: how many of each kind in each virtual stage, its first and last kind, and who does what."""
-
-    counts_VK: Floats
-    kinds_V: tuple[tuple[int, ...], ...]
-    first_V: Ints
-    last_V: Ints
-    extra: tuple[int, ...]
-    """Kinds of the layers of multi-token prediction."""
-    virtual: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chains:
-    """Of each kind of layer, stacked [K, U]: the chains of the passes, seconds of W, and [end, pass, U] of the
-    model's ends.
-    """
-
-    by_pass: dict[str, Chain]
-    weights: Floats
-    ends: Floats
-    costs: list[list[dict[str, Floats]]]
-    """[kind][pass][work]: what the chains were made of."""
-    exchanges: list[Exchanges]
-
-    def seconds(self, kind: int, name: str, passes: int) -> Floats | None:
-        """[U] of a work or an exchange of a kind of layer, or of an end of the model (kind -1); None: taken for
-        nothing.
-        """
-        if name in ("embedding", "head", "mtp"):
-            return np.asarray(self.ends[("embedding", "head", "mtp").index(name), passes])
-        exchange = {"dispatch": "dispatch_hottest"}.get(name, name)
-        if exchange in Exchanges.__dataclass_fields__:
-            found: Floats = getattr(self.exchanges[kind], exchange)
-            return found
-        return self.costs[kind][passes].get(name)
 
 
 @dataclass
@@ -118,6 +48,11 @@ class Bounds:
 
     def __post_init__(self) -> None:
         self.prices = Prices(self.scenario, coarse=self.coarse)
+
+    @cached_property
+    def _shares(self) -> Shares:
+        """What kernels and exchanges leave each other; under uneven routing nothing is said of it."""
+        return self.prices.cost_model.shares if self.prices.is_even else Shares()
 
     @cached_property
     def training(self) -> bool:
@@ -216,23 +151,26 @@ class Bounds:
             forward, backward, input_gradient = (
                 np.maximum(each - ahead, 0.0) for each in (forward, backward, input_gradient)
             )
-        busy = [np.zeros((1, 1))] * 4
+        busy = [np.zeros((1, 1))] * 6
         if layout.copies > 1:
-            busy = [
-                shape.counts_VK @ getattr(chains.by_pass[name], what)
-                for name in ("forward", "backward")
-                for what in ("busy", "sent")
-            ]
-            for at, p in ((0, _F), (2, _B)):
-                busy[at][0] += ends[0, p]
-                busy[at][-1] += ends[1, p]
+            busy = [self.summed(branch, p, what) for p in (_F, _B) for what in ("busy", "sent", "flow")]
             busy[0] = np.maximum(busy[0] - early, 0.0)
-        hop, size = send_wire(self.prices, layout), self._send_bytes(branch)
+        hop, size = send_wire(self.prices, layout), self.send_bytes(branch)
         return Passes(
             forward=forward, backward=backward, input_gradient=input_gradient, weight_gradient=weight_gradient,
-            busy_forward=busy[0], sent_forward=busy[1], busy_backward=busy[2], sent_backward=busy[3],
+            busy_forward=busy[0], sent_forward=busy[1], flow_forward=busy[2],
+            busy_backward=busy[3], sent_backward=busy[4], flow_backward=busy[5], shares=self._shares,
             hop=(hop.latency_s + hop.per_byte_s * size) if len(shape.virtual) > 1 else np.zeros_like(size),
         )  # fmt: skip
+
+    def summed(self, branch: Branch, p: int, what: str) -> Floats:
+        """[V, U]: kernels (the model's ends too), exchanges or flows of one pass through each virtual stage."""
+        shape, chains = self.shape(branch.layout), self.chains(branch)
+        found: Floats = shape.counts_VK @ getattr(chains.by_pass[("forward", "backward", "input_gradient")[p]], what)
+        if what == "busy":
+            found[0] += chains.ends[0, p]
+            found[-1] += chains.ends[1, p]
+        return found
 
     def _ahead_s(self, chains: Chains) -> Floats:
         """[U]: at most what the shared branch of a pass's first layer delays its experts.
@@ -263,7 +201,7 @@ class Bounds:
             total[-1] += span_KU[kind] + ends[1] + ends[2]
         return np.maximum(total - loose - trail, 0.0)
 
-    def _send_bytes(self, branch: Branch) -> Floats:
+    def send_bytes(self, branch: Branch) -> Floats:
         """[U]: of one send."""
         layout, model, workload = branch.layout, self.scenario.model, self.scenario.workload
         sizes = np.array(branch.micro_batch, np.float64)[:, None, None, None] * workload.query_length
@@ -353,7 +291,9 @@ class Bounds:
         kinds, act = prices.kinds[0], prices.element_bytes("activations")
         tensor, context = cheapest(prices, grid, "tp"), cheapest(prices, grid, "cp")
         sizes = tuple(len(values) for values in branch.lists[:4])
-        columns = {name: np.zeros((len(kinds), *sizes)) for name in ("t", "c", "x", "d", "h", "b", "e")}
+        columns = {
+            name: np.zeros((len(kinds), *sizes)) for name in ("t", "c", "x", "d", "h", "b", "df", "bf", "db", "bb", "e")
+        }
         experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 2, 4))
         for m, micro_batch in enumerate(branch.micro_batch):
             plan, load = prices.load(grid.ep, grid.etp, grid.tp, grid.cp, micro_batch)
@@ -375,7 +315,9 @@ class Bounds:
             Exchanges(
                 tensor=columns["t"][k].ravel(), context=columns["c"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
                 dispatch=columns["d"][k].ravel(), dispatch_hottest=columns["h"][k].ravel(),
-                combine=columns["b"][k].ravel(), early=early, is_even=prices.is_even,
+                combine=columns["b"][k].ravel(), dispatch_flow=columns["df"][k].ravel(),
+                combine_flow=columns["bf"][k].ravel(), dispatch_bytes=columns["db"][k].ravel(),
+                combine_bytes=columns["bb"][k].ravel(), early=early, is_even=prices.is_even, shares=self._shares,
             )
             for k in range(len(kinds))
         ], experts  # fmt: skip
@@ -399,6 +341,8 @@ class Bounds:
             out["d"][:, a] = sure * both.latency_s + both.per_byte_s * there_O
             out["h"][:, a] = sure * own.latency_s + own.per_byte_s * there_O
             out["b"][:, a] = sure * home.latency_s + home.per_byte_s * back_O
+            out["db"][:, a], out["bb"][:, a] = there_O, back_O
+            out["df"][:, a], out["bf"][:, a] = both.flow_s_per_byte * there_O, home.flow_s_per_byte * back_O
             first_s = 0.0 if self.coarse else first.latency_s + first.per_byte_s * back_O
             out["e"][:, a] = out["b"][:, a] - first_s
         if grid.etp > 1:
@@ -426,7 +370,9 @@ def _by_parts(
         at = slice(o, None, len(branch.overlap_degree))
         some = Exchanges(
             tensor=x.tensor[at], context=x.context[at], expert_tensor=x.expert_tensor[at], dispatch=x.dispatch[at],
-            dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], early=x.early[at], is_even=x.is_even,
+            dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], dispatch_flow=x.dispatch_flow[at],
+            combine_flow=x.combine_flow[at], dispatch_bytes=x.dispatch_bytes[at], combine_bytes=x.combine_bytes[at],
+            early=x.early[at], is_even=x.is_even, shares=x.shares,
         )  # fmt: skip
         chain = chain_of({name: value[at] for name, value in cost.items()}, some, parts=parts, **flags)
         for name, value in out.items():

@@ -2,7 +2,8 @@
 
 All quantities are arrays over the plans that are bounded together. `span` is from when the layer's input is there to
 when its output is; `lead` is the exchange before the first computation and `trail` the one behind the last, which a
-neighbouring pass of the same stage may hide; `busy` is computation alone, `sent` what the expert stream does.
+neighbouring pass of the same stage may hide; `busy` is computation alone, `sent` what the expert stream does, and
+`flow` the part of it in which bytes are on the wires.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeplan.cost.cost_model import Shares
 from moeplan.domain.program import Floats
 
 
@@ -26,9 +28,16 @@ class Exchanges:
     dispatch_hottest: Floats
     """Until the hottest place has its own."""
     combine: Floats
+    dispatch_flow: Floats
+    combine_flow: Floats
+    """While the bytes of one part are on the wires."""
+    dispatch_bytes: Floats
+    combine_bytes: Floats
+    """From one GPU, of one part."""
     early: Floats
     """How much sooner than the last place another one can be done with the exchanges before this layer."""
     is_even: bool
+    shares: Shares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +49,13 @@ class Chain:
     trail: Floats
     busy: Floats
     sent: Floats
+    flow: Floats
 
     def then(self, other: Chain) -> Chain:
         """This layer, then the other."""
         return Chain(
             span=self.span + other.span, lead=self.lead, trail=other.trail, busy=self.busy + other.busy,
-            sent=self.sent + other.sent,
+            sent=self.sent + other.sent, flow=self.flow + other.flow,
         )  # fmt: skip
 
 
@@ -62,12 +72,14 @@ def forward(
     if has_dense:
         span = span + x.tensor + cost["dense"] + x.tensor
     if not has_experts:
-        return Chain(span=span, lead=lead, trail=x.tensor, busy=busy, sent=zero)
+        return Chain(span=span, lead=lead, trail=x.tensor, busy=busy, sent=zero, flow=zero)
     span = span + cost["router"]
     routed, sent = _routed(cost, x, parts)
     span = span + routed + cost["merge"]
     busy = busy + cost["router"] + cost["shared"] + parts * cost["steady_experts"] + cost["merge"]
-    return Chain(span=span, lead=lead, trail=zero, busy=busy, sent=sent)
+    return Chain(
+        span=span, lead=lead, trail=zero, busy=busy, sent=sent, flow=parts * (x.dispatch_flow + x.combine_flow)
+    )
 
 
 def backward(
@@ -75,9 +87,10 @@ def backward(
 ) -> Chain:
     """The mirror image: merge, exchange, experts, exchange, router; or dense block; then mixer."""
     zero = np.zeros_like(x.tensor)
-    span, busy, sent, lead = zero, zero, zero, zero
+    span, busy, sent, flow, lead = zero, zero, zero, zero, zero
     if has_experts:
         routed, sent = _routed(cost, x, parts)
+        flow = parts * (x.dispatch_flow + x.combine_flow)
         span = cost["merge"] + routed + cost["router"]
         busy = cost["merge"] + cost["router"] + cost["shared"] + parts * cost["steady_experts"]
     elif has_dense:
@@ -88,7 +101,7 @@ def backward(
     if has_mixer:
         span = span + x.tensor + x.context + cost["mixer"] + x.context + x.tensor
         busy, trail = busy + cost["mixer"], x.context + x.tensor
-    return Chain(span=span, lead=lead, trail=trail, busy=busy, sent=sent)
+    return Chain(span=span, lead=lead, trail=trail, busy=busy, sent=sent, flow=flow)
 
 
 def weights(cost: dict[str, Floats], *, parts: Floats) -> Floats:
@@ -111,4 +124,22 @@ def _routed(cost: dict[str, Floats], x: Exchanges, parts: int) -> tuple[Floats, 
     back = parts * x.dispatch
     for out in ready:
         back = np.maximum(back, out) + x.combine
-    return np.maximum(np.maximum(back, beside), free), parts * (x.dispatch + x.combine)
+    sent = parts * (x.dispatch + x.combine)
+    if x.is_even:
+        flow = parts * (x.dispatch_flow + x.combine_flow)
+        back = np.maximum(back, beside_s(cost["shared"] + parts * cost["experts"], sent, flow, x.shares))
+    return np.maximum(np.maximum(back, beside), free), sent
+
+
+def beside_s(work: Floats, sent: Floats, flow: Floats, shares: Shares) -> Floats:
+    """At least the seconds of kernels and of exchanges of one GPU that slow each other down.
+
+    Kernels keep the share c of their speed beside an exchange, flows the share e of theirs beside kernels, and the
+    rest of an exchange (latency, copies) takes as long as ever. With x seconds of flows and y of the rest beside
+    kernels all takes work + sent - (c + e - 1) x - c y, where e x <= flow, y <= sent - flow, c (x + y) <= work.
+    Holds where all that share a link compute at the same times, as under even routing.
+    """
+    rest = np.minimum(sent - flow, work / shares.compute)
+    flows = np.minimum(flow / shares.exchange, work / shares.compute - rest)
+    gained = max(shares.compute + shares.exchange - 1.0, 0.0)
+    return np.asarray(work + sent - gained * flows - shares.compute * rest)

@@ -53,7 +53,8 @@ def positions(grid: Grid, axis: str) -> tuple[int, ...]:
     return tuple(range(0, stride * count, stride))
 
 
-def _ranks(grid: Grid, axis: str, stage: int) -> tuple[int, ...]:
+def ranks_of(grid: Grid, axis: str, stage: int) -> tuple[int, ...]:
+    """The group of position 0 of a stage along an axis; of replicas with those of the stage's other holder."""
     block = grid.block
     return tuple(q % block + block * (stage + grid.pp * (q // block)) for q in positions(grid, axis))
 
@@ -93,11 +94,11 @@ def cheapest(prices: Prices, grid: Grid, axis: str, algorithm: str = "ring") -> 
 
 
 def _wire(prices: Prices, grid: Grid, axis: str, stage: int, algorithm: str) -> Wire:
-    members = _ranks(grid, axis, stage)
+    members = ranks_of(grid, axis, stage)
     if axis == "ep":
         return prices.all_to_all(members, algorithm)
     if axis in ("dense", "edp") and grid.copies > 1:
-        members += _ranks(grid, axis, grid.pp - 1 - stage)
+        members += ranks_of(grid, axis, grid.pp - 1 - stage)
     return prices.ring(members)
 
 
@@ -108,7 +109,7 @@ def send_wire(prices: Prices, layout: Layout) -> Wire:
     if key not in prices.cache:
         pairs = {(a, a + 1) for a in range(grid.pp - 1)} | ({(grid.pp - 1, 0)} if grid.pp > 1 else {(0, 0)})
         wires = [prices.send(grid.block * a, grid.block * b) for a, b in sorted(pairs) if a != b]
-        prices.cache[key] = least_of(wires) if wires else Wire(latency_s=0.0, per_byte_s=0.0)
+        prices.cache[key] = least_of(wires) if wires else Wire()
     return prices.cache[key]  # type: ignore[return-value]
 
 
@@ -121,7 +122,7 @@ def even_wire(prices: Prices, grid: Grid, algorithm: str, micro_batch: int, moe:
     if key not in prices.cache:
         load = prices.load(*degrees, micro_batch)[1]
         assert load is not None
-        ways = [_ranks(grid, "ep", stage) for stage in _offsets(grid, prices.scenario.cluster)]
+        ways = [ranks_of(grid, "ep", stage) for stage in _offsets(grid, prices.scenario.cluster)]
         prices.cache[key] = least_of(
             prices.all_to_all(members, algorithm, prices.reach(load, moe, members, algorithm)) for members in ways
         )
@@ -151,7 +152,7 @@ def uneven_wires(prices: Prices, grid: Grid, algorithm: str, load: Load, moe: in
     key = ("uneven", positions(grid, "ep"), grid.block, grid.pp, algorithm, moe, content)
     if key not in prices.cache:
         place = hottest(load, moe)
-        groups = [_ranks(grid, "ep", stage) for stage in _offsets(grid, prices.scenario.cluster)]
+        groups = [ranks_of(grid, "ep", stage) for stage in _offsets(grid, prices.scenario.cluster)]
         ways = [
             prices.uneven(members, algorithm, share_GG, prices.reach(load, moe, members, algorithm), place=place)
             for members in groups

@@ -1,13 +1,15 @@
 """The least time of a slot of two passes: both blocks merged as the compiler merges them, every stream in its order.
 
 The longest path from the first computation of the slot to its last, on wires that nothing else uses, for all rows at
-once.
+once. Between a computation that exchanges wait for and one that waits for them, all of what lies there of both has to
+fit, each slowing the other down.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,17 +17,31 @@ from moeplan.compiler.blocks import NO_LAYER, Block, Writer
 from moeplan.compiler.layout import merged
 from moeplan.compiler.parts import Parts
 from moeplan.compiler.passes import PartBlocks
+from moeplan.cost.cost_model import Shares
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats, Stream
 from moeplan.partition.stages import pipeline
+from moeplan.planners._chains import beside_s
+from moeplan.planners._passes import Chains
 from moeplan.planners._space import Branch
 
 if TYPE_CHECKING:
-    from moeplan.planners._bounds import Bounds, Chains
+    from moeplan.planners._bounds import Bounds
 
 Name = tuple[int, str, int]
 """Kind of layer (-1: an end of the model), work or exchange, pass."""
 _NOTHING = (NO_LAYER, "", 0)
+_LONGEST_RUN = 6
+"""Exchanges in a window: those of a layer and a half."""
+
+
+class Window(NamedTuple):
+    """Exchanges `first` to `last` of a stream lie between two computing steps."""
+
+    opens: int
+    closes: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +52,9 @@ class Slot:
     """
 
     names: tuple[Name, ...]
+    streams: tuple[int, ...]
     follows: tuple[tuple[int, ...], ...]
+    windows: tuple[Window, ...]
     first: tuple[int, int]
     last: tuple[int, int]
 
@@ -112,7 +130,8 @@ class Pairs:
             for b, place in zip(pair, columns.place, strict=True)
         ]
         return Slot(
-            names=tuple(names), follows=tuple(tuple(sorted(each)) for each in follows),
+            names=tuple(names), streams=tuple(columns.stream.tolist()),
+            follows=tuple(tuple(sorted(each)) for each in follows), windows=_windows(columns.stream.tolist(), follows),
             first=(int(computing[0][0]), int(computing[1][0])), last=(int(computing[0][-1]), int(computing[1][-1])),
         )  # fmt: skip
 
@@ -132,23 +151,66 @@ class Pairs:
 
 def _longest(
     slot: Slot, chains: Chains, rows: np.ndarray[tuple[int], np.dtype[np.int64]], start: int
-) -> tuple[Floats | float, Floats | float]:
+) -> tuple[Floats, Floats]:
     """[rows]: from the beginning of step `start` to the end of the last computing step of each block; 0 if it is not
     behind.
     """
-    alone = len(rows) == 1
-    known: dict[Name, Floats | float] = {}
-    for name in set(slot.names):
-        seconds = chains.seconds(*name)
-        known[name] = 0.0 if seconds is None else float(seconds[rows[0]]) if alone else seconds[rows]
-    largest = max if alone else np.maximum
-    ends: dict[int, Floats | float] = {}
-    for at in range(start, len(slot.names)):
-        begin: Floats | float | None = 0.0 if at == start else None
-        for each in slot.follows[at]:
-            if each in ends:
-                begin = ends[each] if begin is None else largest(begin, ends[each])
-        if begin is not None:
-            ends[at] = begin + known[slot.names[at]]
-    first, second = (ends.get(last, 0.0) for last in slot.last)
+    seconds = _of_steps(slot.names, chains.seconds, rows)
+    needs = _needs(slot, seconds, _of_steps(slot.names, chains.flow_s, rows), chains.exchanges[0].shares)
+    ends = np.full_like(seconds, -np.inf)
+    ends[start] = seconds[start]
+    for at in range(start + 1, len(slot.names)):
+        begin = ends[list(slot.follows[at])].max(axis=0, initial=-np.inf)
+        if at in needs:
+            opens, need = needs[at]
+            begin = np.maximum(begin, (ends[opens] + need).max(axis=0))
+        ends[at] = begin + seconds[at]
+    first, second = np.maximum(ends[list(slot.last)], 0.0)
     return first, second
+
+
+def _of_steps(
+    names: tuple[Name, ...], known: Callable[[int, str, int], Floats | None], rows: np.ndarray[tuple[int], Any]
+) -> Floats:
+    """[steps, rows] seconds, 0 where nothing is known."""
+    nothing = np.zeros(len(rows))
+    found = {name: known(*name) for name in set(names)}
+    here = {name: nothing if seconds is None else seconds[rows] for name, seconds in found.items()}
+    return np.array([here[name] for name in names])
+
+
+def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> dict[int, tuple[list[int], Floats]]:
+    """For each step that closes windows the steps that open them, and [windows, rows] the least seconds between."""
+    if not slot.windows or shares == (1.0, 1.0):
+        return {}
+    opens, closes, first, last = np.array(slot.windows).T
+    streams = np.array(slot.streams)
+    upto = np.zeros_like(seconds)
+    for stream in set(slot.streams):
+        own = np.cumsum(seconds[streams == stream], axis=0)
+        upto[streams == stream] = own
+    flows = np.cumsum(flow, axis=0)
+    work = upto[closes] - seconds[closes] - upto[opens]
+    sent = upto[last] - upto[first] + seconds[first]
+    flown = np.where(streams[first, None] == Stream.EXPERT, flows[last] - flows[first] + flow[first], 0.0)
+    need = beside_s(work, sent, flown, shares)
+    starts = np.flatnonzero(np.diff(closes, prepend=-1))
+    ends = [*starts[1:], len(closes)]
+    return {int(closes[a]): (opens[a:b].tolist(), need[a:b]) for a, b in zip(starts, ends, strict=True)}
+
+
+def _windows(streams: list[int], follows: list[set[int]]) -> tuple[Window, ...]:
+    """Runs of one to `_LONGEST_RUN` exchanges of a stream, and the longest one, by the step that closes them."""
+    found = set()
+    for stream in set(streams) - {Stream.COMPUTE}:
+        own = [at for at, each in enumerate(streams) if each == stream]
+        opens = {x: [f for f in follows[x] if streams[f] == Stream.COMPUTE] for x in own}
+        closes = {x: at for at in reversed(range(len(streams))) if streams[at] == Stream.COMPUTE for x in follows[at]}
+        firsts = [n for n, x in enumerate(own) if opens[x]]
+        lasts = [n for n, x in enumerate(own) if x in closes]
+        for a in firsts:
+            for b in (b for b in lasts if a <= b and (b - a < _LONGEST_RUN or (a, b) == (firsts[0], lasts[-1]))):
+                window = Window(max(opens[own[a]]), closes[own[b]], own[a], own[b])
+                if window.opens < window.closes:
+                    found.add(window)
+    return tuple(sorted(found, key=lambda window: (window.closes, window)))

@@ -263,7 +263,7 @@ class Prices:
     def _either_way(self, members: tuple[int, ...], algorithm: str, reach_GB: Floats) -> Wire:
         cluster = self.scenario.cluster
         ways = [
-            busiest(self._pattern("all_to_all", algorithm, members, reach_GB=reach_GB, kind=kind), cluster)
+            busiest(self.pattern("all_to_all", algorithm, members, reach_GB=reach_GB, kind=kind), cluster)
             for kind in ("dispatch", "combine")
         ]
         return least_of(ways)
@@ -272,9 +272,9 @@ class Prices:
         key = ("wire", operation, algorithm, members)
         if key not in self.cache:
             self.cache[key] = (
-                Wire(latency_s=0.0, per_byte_s=0.0)
+                Wire()
                 if len(members) == 1
-                else busiest(self._pattern(operation, algorithm, members), self.scenario.cluster)
+                else busiest(self.pattern(operation, algorithm, members), self.scenario.cluster)
             )
         return self.cache[key]  # type: ignore[return-value]
 
@@ -285,8 +285,8 @@ class Prices:
         done, and back until the first is done.
         """
         back_GG = np.ascontiguousarray(share_GG.T)
-        out = self._pattern("all_to_all", algorithm, members, share_GG, reach_GB=reach_GB, kind="dispatch")
-        back = self._pattern("all_to_all", algorithm, members, back_GG, reach_GB=reach_GB, kind="combine")
+        out = self.pattern("all_to_all", algorithm, members, share_GG, reach_GB=reach_GB, kind="dispatch")
+        back = self.pattern("all_to_all", algorithm, members, back_GG, reach_GB=reach_GB, kind="combine")
         cluster = self.scenario.cluster
         return (
             busiest(out, cluster),
@@ -295,7 +295,7 @@ class Prices:
             first_done(back, cluster, members),
         )
 
-    def _pattern(
+    def pattern(
         self, operation: str, algorithm: str, members: tuple[int, ...], share_GG: Floats | None = None,
         *, reach_GB: Floats | None = None, kind: str = "",
     ) -> Pattern:  # fmt: skip

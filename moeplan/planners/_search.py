@@ -6,6 +6,7 @@ import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _PATIENCE = 5
 """Times the time limit that the search goes on for as long as it has no plan at all."""
 _ROUNDING = 1e-9
 """Bounds and simulation add the same numbers in another order."""
-EFFORT_TASKS, EFFORT_PLANS = 100_000, 3
+EFFORT_TASKS, EFFORT_PLANS = 100_000, 8
 """Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an
 amount of work, not of time, so that the answer is the same anywhere."""
 EFFORT_LOOK = 5_000
@@ -91,6 +92,9 @@ class Search:
     simulated_tasks: int = 0
     looked_at: int = 0
     _queue: list[_Entry] = field(default_factory=list)
+    _later: list[_Entry] = field(default_factory=list)
+    """Plans that differ in arbitration alone from one that was simulated and is not the best."""
+    _seen: set[Plan] = field(default_factory=set)
     _count: int = 0
 
     def __post_init__(self) -> None:
@@ -114,13 +118,16 @@ class Search:
         """
         started = time.monotonic()
         self._bound_branches()
-        while self._queue:
-            self.front_s = self._queue[0].bound_s
-            if self.best is not None and self.front_s >= self.best.step_s / (1 + (self.gap or 0.0)) * (1 - _ROUNDING):
+        while self._queue or self._later:
+            ahead = self._queue and (not self._later or not self._is_enough(self._queue[0].bound_s))
+            self.front_s = min(heap[0].bound_s for heap in (self._queue, self._later) if heap)
+            if self._is_enough(self.front_s) or self._is_over(started):
                 break
-            if self._is_over(started):
-                break
-            self._advance(heapq.heappop(self._queue))
+            if ahead:
+                self._advance(heapq.heappop(self._queue))
+            else:
+                entry = heapq.heappop(self._later)
+                self._try(entry.what, entry.bound_s)  # type: ignore[arg-type]
         else:
             self.front_s = np.inf
         if self.best is None:
@@ -128,22 +135,24 @@ class Search:
         self.proven = self.front_s >= self.best.step_s * (1 - _ROUNDING)
 
     def unresolved(self) -> int:
-        """Plans whose bound is below the best step found and that were not simulated, counted where branches are
-        open.
-        """
+        """Plans that were not simulated and may be faster than the best found: all of a branch that was not opened."""
         assert self.best is not None
         total = 0
-        for entry in self._queue:
+        for entry in (*self._queue, *self._later):
             if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
                 if entry.rank == 0:
-                    bounds = self.coarse.branch_s(entry.what)  # type: ignore[arg-type]
-                    total += int((bounds < self.best.step_s).sum()) * len(entry.what.arbitration)  # type: ignore[attr-defined]
+                    assert isinstance(entry.what, Branch)
+                    total += prod(len(values) for values in entry.what.lists)
                 elif entry.rank == 1:
                     opened: _Opened = entry.what  # type: ignore[assignment]
                     total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
                 else:
                     total += 1
         return total
+
+    def _is_enough(self, bound_s: float) -> bool:
+        """Whether no plan with this bound need be looked at."""
+        return self.best is not None and bound_s >= self.best.step_s / (1 + (self.gap or 0.0)) * (1 - _ROUNDING)
 
     def _is_over(self, started: float) -> bool:
         if self.time_limit_s is not None:
@@ -172,7 +181,12 @@ class Search:
             self._next_plan(entry.what)
         else:
             assert isinstance(entry.what, Plan)
-            self._try(entry.what, entry.bound_s)
+            alike = _but_for_arbitration(entry.what)
+            if alike not in self._seen or (self.best is not None and alike == _but_for_arbitration(self.best.plan)):
+                self._seen.add(alike)
+                self._try(entry.what, entry.bound_s)
+            else:
+                heapq.heappush(self._later, entry)
 
     def _open(self, branch: Branch) -> None:
         """The plans of a branch that fit, best bound first."""
@@ -253,6 +267,10 @@ class Search:
             self.best = found
         if self.progress is not None:
             self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
+
+
+def _but_for_arbitration(plan: Plan) -> Plan:
+    return plan.model_copy(update={"arbitration": "fair"})
 
 
 def no_time(search: Search) -> str:

@@ -16,9 +16,12 @@ from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats
 from moeplan.partition.stages import pipeline
 from moeplan.partition.weights import weights_of
-from moeplan.planners._bounds import Bounds, Passes
+from moeplan.planners._bounds import Bounds
+from moeplan.planners._chains import beside_s
 from moeplan.planners._groups import cheapest, grid_of
 from moeplan.planners._outline import outline_of
+from moeplan.planners._passes import Passes
+from moeplan.planners._ports import Ports, busiest_s
 from moeplan.planners._prices import Wire
 from moeplan.planners._space import Branch, branch_of
 from moeplan.schedules import Paths, Slot, finish_times
@@ -51,10 +54,56 @@ class StepBounds:
         if not self.bounds.training:
             return np.asarray(best)
         opening, closing, occupied = self._once(branch, passes)
+        best = np.maximum(best, self._beside_s(branch, fill, drain))
         last = closing + ends_PU[:, :, None, None]
         drained = (ends_PU + drain)[:, :, None, None] + closing.min(axis=0)[None]
         found = np.maximum(last, drained).max(axis=0) + opening
         return np.asarray(np.maximum(np.maximum(best, found), occupied))
+
+    def _beside_s(self, branch: Branch, fill_PU: Floats, drain_PU: Floats) -> Floats:
+        """[U, D, E]: kernels of the first, a middle and the last pipeline rank beside all that the links next to it
+        carry: in its passes alone, and in the whole step.
+        """
+        if not self.bounds.prices.is_even:
+            return np.zeros((1, 1, 1))
+        found = np.zeros((1, 1, 1))
+        shares, layout = self.bounds.prices.cost_model.shares, branch.layout
+        work_VU = self._kernels_s(branch)
+        update_PDE = self._update(branch)
+        for rank in sorted({0, layout.pp // 2, layout.pp - 1}):
+            ports = Ports(self.bounds, branch, rank)
+            work = ports.each * work_VU[ports.held].sum(axis=0)
+            carried = {link: seconds[:, None, None] for link, seconds in ports.in_passes_s().items()}
+            inside = busiest_s(carried)
+            within = beside_s(work[:, None, None], inside, inside, shares)
+            found = np.maximum(found, within + (fill_PU + drain_PU)[rank][:, None, None])
+            for axis, amount in zip(("dense", "edp"), self._ring_bytes(branch, ports), strict=True):
+                carried = ports.add_rings(carried, axis, amount)
+            all_in_all = busiest_s(carried)
+            found = np.maximum(found, beside_s(work[:, None, None] + update_PDE[rank], all_in_all, all_in_all, shares))
+        return found
+
+    def _kernels_s(self, branch: Branch) -> Floats:
+        """[V, U]: of one micro-batch in each virtual stage."""
+        work_VU = self.bounds.summed(branch, 0, "busy")
+        if not self.bounds.training:
+            return work_VU
+        backward = self.bounds.summed(branch, 1, "busy")
+        if outline_of(branch.layout, True).splits:
+            chains, counts_VK = self.bounds.chains(branch), self.bounds.shape(branch.layout).counts_VK
+            backward = np.minimum(backward, self.bounds.summed(branch, 2, "busy") + counts_VK @ chains.weights)
+        return work_VU + backward
+
+    def _ring_bytes(self, branch: Branch, ports: Ports) -> tuple[Floats, Floats]:
+        """[U, D, 1] and [U, 1, E]: of all gathers and scatters of a pipeline rank in a step, dense and experts."""
+        weights, precision = self.weights(branch), self.bounds.scenario.choices.precision
+        scatter, gather = DTYPE_BYTES[precision.gradients], DTYPE_BYTES[precision.weights]
+        found = []
+        for held_V, zeros in ((weights.dense, branch.zero_dense), (weights.expert, branch.zero_expert)):
+            once = np.array([{0: 2 * scatter, 1: scatter + gather, 2: gather, 3: 0.0}[zero] for zero in zeros])
+            each = np.array([(zero >= 2) * scatter + (zero == 3) * 2 * gather for zero in zeros])
+            found.append(held_V[ports.held].sum() * (once + ports.each[:, None] * each))
+        return found[0][:, :, None], found[1][:, None, :]
 
     def _once(self, branch: Branch, passes: Passes) -> tuple[Floats, Floats, Floats]:
         """Before the first pass [U, D, E]; behind a rank's last pass [P, U, D, E]; of the sharding stream alone [U,
@@ -105,7 +154,7 @@ class StepBounds:
         return self._weights[key]
 
     def _wires(self, branch: Branch) -> tuple[Wire, Wire]:
-        grid, none = grid_of(branch.layout), Wire(latency_s=0.0, per_byte_s=0.0)
+        grid, none = grid_of(branch.layout), Wire()
         dense, expert = branch.layout.replicas
         prices = self.bounds.prices
         return (

@@ -21,27 +21,32 @@ Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 class Wire:
     """Seconds of an exchange of x bytes, no matter what else is on the wires: at least latency_s + x * per_byte_s."""
 
-    latency_s: float
-    per_byte_s: float
+    latency_s: float = 0.0
+    per_byte_s: float = 0.0
+    flow_s_per_byte: float = 0.0
+    """The part of `per_byte_s` in which bytes are on the wires; copies in local memory are the rest."""
 
 
 def least_of(wires: Iterable[Wire]) -> Wire:
-    """The least latency and the least seconds per byte."""
+    """The least latency, the least seconds per byte, and the least of them on the wires."""
     found = list(wires)
-    return Wire(latency_s=min(w.latency_s for w in found), per_byte_s=min(w.per_byte_s for w in found))
+    return Wire(
+        latency_s=min(w.latency_s for w in found), per_byte_s=min(w.per_byte_s for w in found),
+        flow_s_per_byte=min(w.flow_s_per_byte for w in found),
+    )  # fmt: skip
 
 
 def busiest(pattern: Pattern, cluster: Cluster, chosen_F: Flags | None = None, *, phases: int | None = None) -> Wire:
     """Over the first phases, or all: their latency and the busiest link of the chosen transfers, or of all."""
     chosen_F = np.ones(len(pattern.source_F), bool) if chosen_F is None else chosen_F
-    latency, per_byte, extra_F = 0.0, 0.0, _extra_bytes(pattern)
+    latency, copy, flow, extra_F = 0.0, 0.0, 0.0, _extra_bytes(pattern)
     for phase in range(len(pattern.copy_s_per_byte_P) if phases is None else phases):
         now_F = pattern.phase_F == phase
         latency += float(pattern.delay_s_F[now_F].max(initial=0.0))
-        per_byte += float(pattern.copy_s_per_byte_P[phase])
+        copy += float(pattern.copy_s_per_byte_P[phase])
         extra_s, byte_s = _busiest_link(pattern, cluster, now_F & chosen_F, extra_F)
-        latency, per_byte = latency + extra_s, per_byte + byte_s
-    return Wire(latency_s=latency, per_byte_s=per_byte)
+        latency, flow = latency + extra_s, flow + byte_s
+    return Wire(latency_s=latency, per_byte_s=copy + flow, flow_s_per_byte=flow)
 
 
 def _extra_bytes(pattern: Pattern) -> Floats:

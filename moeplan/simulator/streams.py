@@ -236,6 +236,8 @@ class _OneAtATime(_Fair):
 class _ExpertFirst(_Fair):
     """Gradients and parameters go in micro-ops; none starts while a dispatch or combine of its lanes is on or due.
 
+    Nobody waits for ever: a lane that comes to a dispatch has all that comes before it, so whoever it waits for there
+    is behind it, and waits for something that comes earlier still.
     Reference: Li et al., "Lina" (USENIX ATC 2023), section 4.1.
     """
 

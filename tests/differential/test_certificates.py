@@ -43,6 +43,14 @@ ALL_TO_ALLS = {
         name for name in menu.names("collectives") if "all_to_all" in menu.module("collectives", name).OPERATIONS
     ]
 }
+
+
+def beside(compute: str, exchange: str) -> dict[str, str]:
+    """What kernels and exchanges of one GPU leave each other."""
+    gpu = "cluster.gpu"
+    return {f"{gpu}.compute_share_beside_exchange": compute, f"{gpu}.exchange_share_beside_compute": exchange}
+
+
 TORUS = {"extends": "tpu-v4-torus", "nodes": 4, "fabric": {"shape": [4, 2, 2]}}
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "balanced": ("mixtral-8x7b-64xh100", MIXTRAL, 10),
@@ -96,6 +104,19 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         24,
     ),
     "every-all-to-all-on-a-torus": ("small-8-gpus", WIDE | FEW | ALL_TO_ALLS | {"cluster": TORUS}, 12),
+    "in-each-others-way": ("small-two-nodes", WIDE | beside("60 %", "50 %"), 24),
+    "one-or-the-other": ("small-two-nodes", WIDE | beside("30 %", "40 %"), 24),
+    "parts-in-each-others-way": (
+        "mixtral-8x7b-64xh100",
+        MIXTRAL | beside("70 %", "60 %") | {"choose.overlap_degree": [2, 4]},
+        8,
+    ),
+    "two-directions-in-each-others-way": (
+        "deepseek-v3-2048xh800",
+        DEEPSEEK | COPIES | beside("60 %", "90 %") | {"choose.schedule": "dual_pipe"},
+        4,
+    ),
+    "skewed-in-each-others-way": ("small-two-nodes", WIDE | FEW | beside("60 %", "50 %") | {"routing.skew": 0.9}, 12),
     "dense": ("llama-3-70b-128xh100", {"nodes": 2, "workload.global_batch": 32, "workload.sequence": 1024}, 6),
 }
 """Scenario, changes that make it small, and how many plans are drawn of it."""
