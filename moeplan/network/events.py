@@ -5,19 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.domain.program import Floats, Ints
-from moeplan.jit import compiled, compiled_in_place
+from moeplan.jit import compiled
 from moeplan.network.levels import (
     TIE,
-    Ints32,
     Net,
+    Numbers,
+    as_number,
+    balance,
     clock_of,
+    held_by,
     hold,
+    inlined,
     join,
-    load_of,
+    mark,
+    path_of,
     pull,
     push,
-    raise_levels,
-    relieve,
     set_level,
     sift_down,
     sink,
@@ -30,20 +33,24 @@ _FEW = 4
 """So many new flows, or fewer, are added one by one."""
 
 
-@compiled_in_place
-def _add(net: Net, flow: int) -> None:
-    """A new flow is held by the first link of the order that it crosses, or else by the one with least room."""
+@inlined
+def _add(net: Net, flow: int) -> int:
+    """A new flow is held by the first link of the order that it crosses, or else by the one with least room.
+
+    Returns the first place that this changed.
+    """
     _join_caps(net, flow)
-    best, first, spare = -1, len(net.order_K), np.inf
-    for place in range(net.flows[flow].first, net.flows[flow].last):
+    best, first, spare = as_number(0), np.int32(len(net.order_K)), np.inf
+    for place in path_of(net, flow):
         link = net.link_I[place]
         net.links[link].crossing += 1
+        mark(net, link)
         if 0 <= net.links[link].place < first:
             best, first = link, net.links[link].place
-    if best < 0:
-        for place in range(net.flows[flow].first, net.flows[flow].last):
+    if first == len(net.order_K):
+        for place in path_of(net, flow):
             link = net.link_I[place]
-            room = (net.links[link].capacity - net.others_K[link]) / load_of(net, flow, place)
+            room = (net.links[link].capacity - net.others_K[link]) / net.load_I[place]
             if room < spare:
                 best, spare = link, room
         join(net, best, max(spare, 0.0))
@@ -51,39 +58,35 @@ def _add(net: Net, flow: int) -> None:
     net.tag_F[flow] = clock_of(net, best) + net.flows[flow].size / net.flows[flow].weight
     hold(net, flow, best, 1.0)
     push(net, best, flow)
-    raise_levels(net, _settle(net, best))
+    set_level(net, best)
+    return sink(net, net.links[best].place)
 
 
-@compiled_in_place
+@inlined
 def _join_caps(net: Net, flow: int) -> None:
     """A cap that is the flow's stands in the order, though it hold nothing."""
-    for place in range(net.flows[flow].first, net.flows[flow].last):
+    for place in path_of(net, flow):
         link = net.link_I[place]
         if net.links[link].is_cap and net.links[link].place < 0:
             join(net, link, net.links[link].capacity)
             sink(net, net.links[link].place)
 
 
-@compiled_in_place
-def _settle(net: Net, link: int) -> int:
-    """Sets a link's level and moves it down to where it belongs."""
-    set_level(net, link)
-    return min(sink(net, net.links[link].place), int(net.links[link].place))
-
-
-@compiled_in_place
-def _remove(net: Net, flow: int) -> int:
-    """A flow has ended; the place of the link that held it."""
-    link = net.flows[flow].holder
+@inlined
+def _remove(net: Net, flow: int) -> None:
+    """A flow has ended."""
+    link = as_number(net.flows[flow].holder)
     pull(net, link, flow)
     hold(net, flow, link, -1.0)
-    for place in range(net.flows[flow].first, net.flows[flow].last):
-        net.links[net.link_I[place]].crossing -= 1
-    return int(net.links[link].place)
+    for place in path_of(net, flow):
+        link = net.link_I[place]
+        net.links[link].crossing -= 1
+        net.seen_K[link] = np.nan
+        mark(net, link)
 
 
 @compiled
-def _fill(net: Net, alive: Ints32) -> None:
+def _fill(net: Net, alive: Numbers) -> None:
     """Progressive filling from nothing for all flows of `alive`, whose tags say how much they have to get."""
     _empty(net)
     left, load = np.zeros(len(net.links)), np.zeros(len(net.links))
@@ -91,11 +94,11 @@ def _fill(net: Net, alive: Ints32) -> None:
         left[link] = net.links[link].capacity
     for flow in alive:
         net.flows[flow].holder = -1
-        for place in range(net.flows[flow].first, net.flows[flow].last):
+        for place in path_of(net, flow):
             link = net.link_I[place]
             net.held[net.links[link].room + net.links[link].crossing] = flow
             net.links[link].crossing += 1
-            load[link] += load_of(net, flow, place)
+            load[link] += net.load_I[place]
     unheld = np.zeros(len(net.links), np.int64)
     for link in range(len(unheld)):
         unheld[link] = net.links[link].crossing
@@ -103,27 +106,28 @@ def _fill(net: Net, alive: Ints32) -> None:
         link, level = _lowest(net, left, load, unheld)
         if link < 0:
             break
-        _freeze(net, link, level, left, load, unheld)
+        _freeze(net, as_number(link), level, left, load, unheld)
+    for link in range(len(unheld)):
+        mark(net, link)
     for flow in alive:
         _join_caps(net, flow)
 
 
-@compiled_in_place
+@inlined
 def _empty(net: Net) -> None:
-    net.counter[0] = 0
+    net.num_ordered[0] = 0
     for number in range(len(net.links)):
         link = net.links[number]
-        link.level = link.clock = link.weight = 0.0
+        link.clock = link.weight = 0.0
         link.since = net.now[0]
         link.num = link.crossing = 0
-        link.end = link.seen_weight = -1.0
         link.place = -1
-        net.others_K[number] = 0.0
+    net.level_K[:] = net.others_K[:] = 0.0
     for number in range(len(net.shared_KK)):
         net.shared_KK[number, :] = 0
 
 
-@compiled_in_place
+@inlined
 def _lowest(net: Net, left: Floats, load: Floats, unheld: Ints) -> tuple[int, float]:
     """The link that is full first when all flows that are not held grow alike."""
     best, lowest = -1, np.inf
@@ -135,7 +139,7 @@ def _lowest(net: Net, left: Floats, load: Floats, unheld: Ints) -> tuple[int, fl
     return best, lowest
 
 
-@compiled_in_place
+@inlined
 def _freeze(net: Net, link: int, level: float, left: Floats, load: Floats, unheld: Ints) -> None:
     """`link` holds all that crosses it and is not held yet."""
     join(net, link, level)
@@ -149,27 +153,28 @@ def _freeze(net: Net, link: int, level: float, left: Floats, load: Floats, unhel
         net.held[base + net.links[link].num] = flow
         net.flows[flow].spot = net.links[link].num
         net.links[link].num += 1
-        for place in range(net.flows[flow].first, net.flows[flow].last):
+        for place in path_of(net, flow):
             other = net.link_I[place]
-            left[other] -= level * load_of(net, flow, place)
-            load[other] -= load_of(net, flow, place)
+            left[other] -= level * net.load_I[place]
+            load[other] -= net.load_I[place]
             unheld[other] -= 1
     for spot in range(net.links[link].num // 2, -1, -1):
         if spot < net.links[link].num:
             sift_down(net, link, spot)
+    net.links[link].tag = net.tag_F[net.held[base]]
 
 
 @compiled
-def _alive(net: Net, first: int, last: int) -> Ints32:
+def _alive(net: Net, first: int, last: int) -> Numbers:
     """All flows that are held, with what they still have to get as their tags, and those from `first` to `last`."""
     count = last - first
-    for place in range(net.counter[0]):
+    for place in range(net.num_ordered[0]):
         count += net.links[net.order_K[place]].num
-    found, number = np.empty(count, np.int32), 0
-    for place in range(net.counter[0]):
+    found, number = np.empty(count, np.uint32), 0
+    for place in range(net.num_ordered[0]):
         link = net.order_K[place]
         clock = clock_of(net, link)
-        for spot in range(net.links[link].room, net.links[link].room + net.links[link].num):
+        for spot in held_by(net, link):
             flow = net.held[spot]
             net.tag_F[flow] -= clock
             found[number] = flow
@@ -181,61 +186,44 @@ def _alive(net: Net, first: int, last: int) -> Ints32:
     return found
 
 
-@compiled_in_place
+@inlined
 def _refresh(net: Net) -> None:
     """Sums up anew what other links hold of each link."""
     net.others_K[:] = 0.0
-    for place in range(net.counter[0]):
+    for place in range(net.num_ordered[0]):
         link = net.order_K[place]
-        tell(net, link, net.links[link].level)
+        tell(net, link, net.level_K[link])
 
 
 # ---- time
 
 
-@compiled_in_place
+@inlined
 def _next_end(net: Net) -> float:
     """When the first flow of all ends."""
-    first = np.inf
-    for place in range(net.counter[0]):
-        link = net.order_K[place]
-        end = net.links[link].end
-        if end < 0.0:
-            end = _first_of(net, link)
-            net.links[link].end = end
-        first = min(first, end)
-    return first
+    first = net.end_bits_K[0]
+    for link in range(np.uint64(len(net.end_bits_K))):
+        first = min(first, net.end_bits_K[link])
+    for link in range(len(net.end_bits_K)):
+        if net.end_bits_K[link] == first:
+            return float(net.end_K[link])
+    return np.inf
 
 
-@compiled_in_place
-def _first_of(net: Net, link: int) -> float:
-    """When the first flow that a link holds ends."""
-    if net.links[link].num == 0:
-        return np.inf
-    tag = net.tag_F[net.held[net.links[link].room]]
-    return float(net.links[link].since + (tag - net.links[link].clock) / net.links[link].level)
-
-
-@compiled_in_place
+@inlined
 def _end_all(net: Net, until: float, finish_F: Floats) -> tuple[int, float]:
     """Ends the flows that are done by `until`; the lowest place that lost one, and the largest error of a size.
 
     A flow that would end at another time than now keeps that end; what it gets too much or too little is the error.
     """
-    lowest, worst = net.counter[0], 0.0
-    for place in range(net.counter[0]):
-        link = net.order_K[place]
-        if net.links[link].end > until:
-            continue
-        lowest = min(lowest, place)
-        while net.links[link].num > 0:
-            end = _first_of(net, link)
-            if end > until:
-                break
+    lowest, worst = net.num_ordered[0], 0.0
+    for link in range(np.uint64(len(net.end_K))):
+        while net.end_K[link] <= until:
             flow = net.held[net.links[link].room]
-            finish_F[flow] = end
-            change = abs(end - net.now[0]) * net.links[link].level * net.flows[flow].weight
+            finish_F[flow] = net.end_K[link]
+            change = abs(finish_F[flow] - net.now[0]) * net.level_K[link] * net.flows[flow].weight
             worst = max(worst, change / net.flows[flow].size)
+            lowest = min(lowest, net.links[link].place)
             _remove(net, flow)
     return lowest, worst
 
@@ -257,21 +245,14 @@ def solve(net: Net, finish_F: Floats, tolerance: float) -> tuple[int, float]:
         span = tolerance * (first - origin) if first < np.inf else 0.0
         until = min(first + max(span, TIE * first), start) if first <= start else start * (1.0 + TIE)
         net.now[0] = start if first > start else (first if span == 0.0 else 0.5 * (first + until))
-        lowest = net.counter[0]
         if first <= until:
             lowest, change = _end_all(net, until, finish_F)
             worst = max(worst, change)
-        _change(net, lowest)
+            balance(net, lowest)
         started = _start_all(net, started)
         events += 1
         if events % _REFRESH == 0:
             _refresh(net)
-
-
-@compiled_in_place
-def _change(net: Net, lowest: int) -> None:
-    raise_levels(net, lowest)
-    relieve(net)
 
 
 @compiled
@@ -284,6 +265,5 @@ def _start_all(net: Net, started: int) -> int:
         _fill(net, _alive(net, started, last))
     else:
         for flow in range(started, last):
-            _add(net, flow)
-            relieve(net)
+            balance(net, _add(net, as_number(flow)))
     return last

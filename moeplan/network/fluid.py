@@ -225,19 +225,21 @@ def _net(flows: FlowSet, whole: _Links, part: Part) -> Net:
     crossing_K = np.bincount(part.link_I, minlength=width)
     links, each = np.zeros(width, LINK), np.zeros(count, FLOW)
     links["capacity"], links["is_cap"] = whole.capacity_K[part.link_K], whole.is_cap_K[part.link_K]
-    links["room"], links["place"] = np.cumsum(crossing_K) - crossing_K, -1
-    links["low"], links["high"] = part.low_K, part.high_K
-    each["first"], each["last"] = part.first_F1[:-1], part.first_F1[1:]
+    links["room"] = np.cumsum(crossing_K) - crossing_K
+    links["low"], links["high"], links["place"] = part.low_K, part.high_K, -1
     each["size"], each["start"] = flows.size_bytes_F[part.flow_F], flows.starts_s_F[part.flow_F]
     each["weight"] = 1.0 if flows.weight_F is None else flows.weight_F[part.flow_F]
-    each["holder"] = -1
+    load_I = np.repeat(each["weight"], np.diff(part.first_F1))
+    if len(whole.times_I):
+        load_I *= whole.times_I[part.place_I]
     rows = width if width <= TABLE_LINKS else 0
     is_whole = count < 2**16 and len(whole.times_I) == 0 and flows.weight_F is None
+    end_K = np.full(width, np.inf)
     return Net(
-        links=links, flows=each, link_I=part.link_I,
-        times_I=whole.times_I[part.place_I] if len(whole.times_I) else whole.times_I,
-        now=np.zeros(1), counter=np.zeros(3, np.int64), order_K=np.zeros(width + 1, np.int64),
-        others_K=np.zeros(width), tag_F=np.zeros(count), held=np.zeros(len(part.link_I), np.int32),
-        suspects=np.zeros(4 * width + 16, np.int64), scratch=np.zeros(int(crossing_K.max(initial=1)), np.int32),
+        links=links, flows=each, first_F1=part.first_F1.astype(np.uint64), link_I=part.link_I.astype(np.uint32),
+        load_I=load_I, now=np.zeros(1), num_ordered=np.zeros(1, np.int64), order_K=np.zeros(width + 1, np.uint32),
+        level_K=np.zeros(width), others_K=np.zeros(width), seen_K=np.zeros(width), limit_K=np.full(width, np.inf),
+        end_K=end_K, end_bits_K=end_K.view(np.int64), tag_F=np.zeros(count), held=np.zeros(len(part.link_I), np.uint32),
+        scratch=np.zeros(int(crossing_K.max(initial=1)), np.uint32),
         shared_KK=np.zeros((rows, rows), np.uint16 if is_whole else np.float64),
     )  # fmt: skip

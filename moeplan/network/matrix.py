@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.domain.program import Floats, Ints
-from moeplan.jit import compiled, compiled_in_place
+from moeplan.jit import compiled
 from moeplan.network.fluid import FlowSet, finish_times
+from moeplan.network.levels import inlined
 
 Floats32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 _Ends = tuple[Floats, Floats, Floats, Floats]
 """Of the out-ports, the in-ports, the pipes up and the pipes down."""
-_CHUNK = 64
+_CHUNK = 32
 """Columns that are looked at one by one when one of them ends."""
 _FEW_PER_GPU = 4
 """When only so many flows are left for each GPU, the exact engine is fast enough for them."""
@@ -79,6 +80,10 @@ class _Side(NamedTuple):
     before: Floats
     """The level of the step before."""
     is_full: Bytes
+    share: Floats
+    """The level at which a link would be full now; infinite if it is, or has no flows to hold."""
+    share_bits: Ints
+    """The same memory as whole numbers, which have the same order, and whose least is found faster."""
 
 
 class _Levels(NamedTuple):
@@ -86,6 +91,9 @@ class _Levels(NamedTuple):
     into: _Side
     up: _Side
     down: _Side
+    near: Floats32
+    far: Floats32
+    """What an in-port allows to senders under its leaf, and to others."""
 
 
 def matrix_finish_times(traffic: PortTraffic, *, tolerance: float) -> MatrixFinishes:
@@ -146,12 +154,13 @@ def _run(
     chunks = np.zeros((gpus, (gpus + _CHUNK - 1) // _CHUNK), np.int64)
     takes = (np.zeros(gpus), np.zeros(gpus), np.zeros(leaves), np.zeros(leaves))
     _count(active_GG, leaf_G, counts, chunks)
-    levels = _Levels(_side(gpus), _side(gpus), _side(leaves), _side(leaves))
     row = np.empty(gpus, np.float32)
+    levels = _Levels(_side(gpus), _side(gpus), _side(leaves), _side(leaves), row.copy(), row.copy())
     now, step, remaining, steps = 0.0, 0.0, counts[0].sum(), 0
     while remaining > few:
         _reset(levels, capacities, counts, takes, step)
         _solve(levels, active_GG, active_TGG, first_B1, leaf_G)
+        _set_rates(levels, leaf_G)
         if steps == 0:
             step = _first_end(left_GG, levels, first_B1, leaf_G, row)
         now += step
@@ -167,10 +176,12 @@ def _run(
 
 @compiled
 def _side(size: int) -> _Side:
-    return _Side(np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, np.uint8))
+    share = np.zeros(size)
+    none = np.zeros(size, np.uint8)
+    return _Side(np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size), none, share, share.view(np.int64))
 
 
-@compiled_in_place
+@inlined
 def _count(active_GG: Bytes, leaf_G: Ints, counts: _Counts, chunks: Ints) -> None:
     for s in range(len(active_GG)):
         for d in range(len(active_GG)):
@@ -184,7 +195,7 @@ def _count(active_GG: Bytes, leaf_G: Ints, counts: _Counts, chunks: Ints) -> Non
 # ---- levels
 
 
-@compiled_in_place
+@inlined
 def _reset(levels: _Levels, capacities: _Ends, counts: _Counts, takes: _Ends, step: float) -> None:
     """All links empty, but for the last bytes of what ends within the step."""
     per_s = 1.0 / step if step > 0 else 0.0
@@ -206,7 +217,7 @@ def _reset(levels: _Levels, capacities: _Ends, counts: _Counts, takes: _Ends, st
         take[:] = 0.0
 
 
-@compiled_in_place
+@inlined
 def _solve(levels: _Levels, active_GG: Bytes, active_TGG: Bytes, first_B1: Ints, leaf_G: Ints) -> None:
     """Progressive filling, many links at a time: links of one side share no flow."""
     out, into, up, down = levels.out, levels.into, levels.up, levels.down
@@ -225,29 +236,29 @@ def _solve(levels: _Levels, active_GG: Bytes, active_TGG: Bytes, first_B1: Ints,
             _fill_pipes(min(low[2], min(low[0], low[1])), down, into, out, up, active_TGG, first_B1)
 
 
-@compiled_in_place
-def _share(side: _Side, link: int) -> float:
-    """The level at which a link would be full now."""
-    if side.is_full[link] or side.free[link] < 0.5:
-        return np.inf
-    return float(max(side.left[link], 1e-30) / side.free[link])
-
-
-@compiled_in_place
+@inlined
 def _least(side: _Side) -> float:
-    least = np.inf
-    for link in range(len(side.left)):
-        least = min(least, _share(side, link))
-    return least
+    """The lowest share of a side, whose shares it works out."""
+    share, bits = side.share, side.share_bits
+    for link in range(np.uint64(len(share))):
+        level = max(side.left[link], 1e-30) / side.free[link]
+        share[link] = np.inf if side.is_full[link] or side.free[link] < 0.5 else level
+    least = bits[0]
+    for link in range(np.uint64(len(bits))):
+        least = min(least, bits[link])
+    for link in range(len(bits)):
+        if bits[link] == least:
+            return float(share[link])
+    return np.inf
 
 
-@compiled_in_place
+@inlined
 def _fill_ports(
     limit: float, own: _Side, far: _Side, pipe: _Side, far_pipe: _Side, active: Bytes, first_B1: Ints, leaf_G: Ints
 ) -> None:
     """Ports that are full before any link of another side: what they hold is taken out of the other links."""
-    for port in range(len(own.left)):
-        level = _share(own, port)
+    for port in range(np.uint64(len(own.left))):
+        level = own.share[port]
         if level > limit * (1.0 + 1e-12) or level == np.inf:
             continue
         own.level[port], own.is_full[port] = level, 1
@@ -264,13 +275,13 @@ def _fill_ports(
             _take_row(active[port], far.left, far.free, level, first_B1[b], first_B1[b + 1])
 
 
-@compiled_in_place
+@inlined
 def _fill_pipes(
     limit: float, own: _Side, near: _Side, far: _Side, far_pipe: _Side, active: Bytes, first_B1: Ints
 ) -> None:
     """Pipes that are full before any link of another side hold all flows over them that are not held yet."""
     for leaf in range(len(own.left)):
-        level = _share(own, leaf)
+        level = own.share[leaf]
         if level > limit * (1.0 + 1e-12) or level == np.inf:
             continue
         own.level[leaf], own.is_full[leaf] = level, 1
@@ -288,7 +299,7 @@ def _fill_pipes(
                 _take_row(active[port], far.left, far.free, level, first_B1[b], first_B1[b + 1])
 
 
-@compiled_in_place
+@inlined
 def _take_row(row: Bytes, left: Floats, free: Floats, level: float, start: int, end: int) -> None:
     """Takes a row's flows out of their far ports; those that are full already do not care."""
     for g in range(np.uint64(start), np.uint64(end)):
@@ -297,7 +308,7 @@ def _take_row(row: Bytes, left: Floats, free: Floats, level: float, start: int, 
         free[g] -= here
 
 
-@compiled_in_place
+@inlined
 def _held(row: Bytes, is_full: Bytes, start: int, end: int) -> int:
     """Flows of a row that are not held yet."""
     held = np.int64(0)
@@ -309,28 +320,37 @@ def _held(row: Bytes, is_full: Bytes, start: int, end: int) -> int:
 # ---- time
 
 
-@compiled_in_place
-def _row_levels(s: int, levels: _Levels, first_B1: Ints, leaf_G: Ints, row: Floats32) -> None:
-    """What each flow of a sender gets: the least level on its way."""
-    leaf, own, into = leaf_G[s], levels.out.level[s], levels.into.level
-    for b in range(len(first_B1) - 1):
-        cap = own if b == leaf else min(own, min(levels.up.level[leaf], levels.down.level[b]))
-        for d in range(np.uint64(first_B1[b]), np.uint64(first_B1[b + 1])):
-            row[d] = np.float32(min(cap, into[d]))
+@inlined
+def _set_rates(levels: _Levels, leaf_G: Ints) -> None:
+    """What the receivers allow to senders under their leaf, and to others."""
+    for d in range(np.uint64(len(leaf_G))):
+        levels.near[d] = np.float32(levels.into.level[d])
+        levels.far[d] = np.float32(min(levels.into.level[d], levels.down.level[leaf_G[d]]))
 
 
-@compiled_in_place
+@inlined
+def _row_rates(s: int, levels: _Levels, first_B1: Ints, leaf_G: Ints, row: Floats32, start: int, end: int) -> None:
+    """What some flows of a sender get: the least level on their ways."""
+    leaf, own, far, near = leaf_G[s], np.float32(levels.out.level[s]), levels.far, levels.near
+    cap = min(own, np.float32(levels.up.level[leaf]))
+    for d in range(np.uint64(start), np.uint64(end)):
+        row[d] = min(cap, far[d])
+    for d in range(np.uint64(max(first_B1[leaf], start)), np.uint64(min(first_B1[leaf + 1], end))):
+        row[d] = min(own, near[d])
+
+
+@inlined
 def _first_end(left_GG: Floats32, levels: _Levels, first_B1: Ints, leaf_G: Ints, row: Floats32) -> float:
     first = np.inf
     for s in range(len(left_GG)):
-        _row_levels(s, levels, first_B1, leaf_G, row)
+        _row_rates(s, levels, first_B1, leaf_G, row, 0, len(row))
         for d in range(len(row)):
             if left_GG[s, d] < _NEVER:
                 first = min(first, left_GG[s, d] / row[d])
     return first
 
 
-@compiled_in_place
+@inlined
 def _drain(
     left_GG: Floats32,
     active_GG: Bytes,
@@ -348,18 +368,18 @@ def _drain(
 ) -> int:
     """Moves what flowed until now, and takes out what will end within the next step. How many those are."""
     ended = 0
-    for s in range(len(left_GG)):
+    for s in range(np.uint64(len(left_GG))):
         if counts[0][s] == 0:
             continue
-        _row_levels(s, levels, first_B1, leaf_G, row)
         for chunk in range(chunks.shape[1]):
             if chunks[s, chunk] == 0:
                 continue
             start, end = chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(row))
+            _row_rates(s, levels, first_B1, leaf_G, row, start, end)
             if not _drain_chunk(left_GG[s], row, spans[0], spans[2], start, end):
                 continue
-            for d in range(start, end):
-                if active_GG[s, d] == 0 or left_GG[s, d] > spans[2] * row[d]:
+            for d in range(np.uint64(start), np.uint64(end)):
+                if left_GG[s, d] > spans[2] * row[d] or active_GG[s, d] == 0:
                     continue
                 last_s = _last_s(s, d, left_GG[s, d], row[d], levels, leaf_G, spans[1])
                 if last_s <= spans[1]:
@@ -371,7 +391,7 @@ def _drain(
     return ended
 
 
-@compiled_in_place
+@inlined
 def _drain_chunk(left: Floats32, row: Floats32, step: np.float32, next_step: np.float32, start: int, end: int) -> bool:
     """Whether one of the chunk may end within the next step."""
     found = False
@@ -382,7 +402,7 @@ def _drain_chunk(left: Floats32, row: Floats32, step: np.float32, next_step: np.
     return found
 
 
-@compiled_in_place
+@inlined
 def _last_s(
     s: int, d: int, rest: np.float32, rate: np.float32, levels: _Levels, leaf_G: Ints, step: np.float32
 ) -> float:
@@ -398,7 +418,7 @@ def _last_s(
     return float(rest / (rate + slope * (0.5 + 0.5 * last_s / step)))
 
 
-@compiled_in_place
+@inlined
 def _end(
     s: int, d: int, left_GG: Floats32, active_GG: Bytes, active_TGG: Bytes, leaf_G: Ints, counts: _Counts, takes: _Ends
 ) -> None:

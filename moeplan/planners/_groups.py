@@ -54,7 +54,7 @@ def positions(grid: Grid, axis: str) -> tuple[int, ...]:
 
 
 def ranks_of(grid: Grid, axis: str, stage: int) -> tuple[int, ...]:
-    """The group of position 0 of a stage along an axis; of replicas with those of the stage's other holder."""
+    """The group of position 0 of a stage along an axis."""
     block = grid.block
     return tuple(q % block + block * (stage + grid.pp * (q // block)) for q in positions(grid, axis))
 
