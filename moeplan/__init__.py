@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SimulationError,
     )
     from moeplan.grid import Row, WhatIf, sweep, what_if
+    from moeplan.placing import Placing, place
     from moeplan.simulator.noise import Noise
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ _HOMES = {
         "SimulationError",
     ),
     "moeplan.grid": ("Row", "WhatIf", "sweep", "what_if"),
+    "moeplan.placing": ("Placing", "place"),
     "moeplan.simulator.noise": ("Noise",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -62,6 +64,7 @@ __all__ = [
     "InfeasibleError",
     "MoeplanError",
     "Noise",
+    "Placing",
     "Plan",
     "PlanError",
     "PlanResult",
@@ -76,6 +79,7 @@ __all__ = [
     "export",
     "load",
     "network",
+    "place",
     "plan",
     "scenario_from",
     "show",

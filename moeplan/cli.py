@@ -37,6 +37,7 @@ from moeplan._flags import (
     scenario_of,
 )
 from moeplan._network import network_app
+from moeplan._place import place
 from moeplan.errors import MoeplanError
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def _give_up_stdout() -> None:
 
 
 app.add_typer(network_app(_guarded), name="network")
+app.command()(_guarded()(place))
 
 
 @app.command()

@@ -17,6 +17,8 @@ import numba
 njit: Any = numba.njit
 """Of any type, since some of the options used here are not among numba's declared ones."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_CALLED = {"simulator": ("network",)}
+"""Whose compiled functions those of a folder call."""
 _INNER = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
@@ -46,16 +48,13 @@ def _njit(function: _Function) -> _Function:
         return cast(_Function, njit(function, error_model="numpy"))
     # numba looks at the function's own file only, but machine code has the functions of other files inside.
     with suppress(AttributeError):
-        made._cache._cache_file._source_stamp = _stamp()
+        made._cache._cache_file._source_stamp = _stamp(function.__module__.split(".")[1])
     return cast(_Function, made)
 
 
 @cache
-def _stamp() -> tuple[int, int]:
-    """Changes when a compiled file of the package does."""
-    files = [
-        path.stat()
-        for folder in ("network", "simulator", "placers", "planners")
-        for path in (Path(__file__).parent / folder).glob("*.py")
-    ]
+def _stamp(folder: str) -> tuple[int, int]:
+    """Changes when a file of the folder does, or one of those whose functions the folder's call."""
+    folders = {folder, *_CALLED.get(folder, ())}
+    files = [path.stat() for each in folders for path in (Path(__file__).parent / each).glob("*.py")]
     return max(file.st_mtime_ns for file in files), sum(file.st_size for file in files)

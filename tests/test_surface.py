@@ -22,6 +22,10 @@ SIGNATURES = {
     "load": "(source, changes={})",
     "plan": "(scenario, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
     "cluster_from": "(name, *, nodes=None, changes={})",
+    "place": (
+        "(scenario=None, *, load=None, array=None, gpus=None, slots=None, placer='ilp', objective='balance', "
+        "split='even', now=None, max_moves=None, time_limit_s=10.0, seed=0, progress=None)"
+    ),
     "scenario_from": "(*, model, cluster, global_batch, sequence, nodes=None, phase='train', changes={})",
     "show": "(name)",
     "simulate": "(scenario, plan, *, noise=None)",
@@ -31,6 +35,7 @@ SIGNATURES = {
 }
 FIELDS = {
     "Noise": ("jitter", "stragglers", "slowdown", "seed"),
+    "Placing": ("placer", "objective", "num_gpus", "slots", "split", "numbers", "problems", "layers"),
     "Row": ("changes", "plan", "result", "error", "step_change"),
     "Scenario": ("name", "cluster", "model", "workload", "routing", "choices", "document"),
     "Simulation": ("scenario", "plan", "timeline", "figures", "noise"),

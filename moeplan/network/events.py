@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.domain.program import Floats, Ints
-from moeplan.jit import compiled
+from moeplan.jit import compiled, inlined
 from moeplan.network.levels import (
     TIE,
     Net,
@@ -15,7 +15,6 @@ from moeplan.network.levels import (
     clock_of,
     held_by,
     hold,
-    inlined,
     join,
     mark,
     path_of,

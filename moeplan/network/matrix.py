@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.domain.program import Floats, Ints
-from moeplan.jit import compiled
+from moeplan.jit import compiled, inlined
 from moeplan.network.fluid import FlowSet, finish_times
-from moeplan.network.levels import inlined
 
 Floats32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -5,7 +5,9 @@ A dish has
     plan(scenario, *, time_limit_s=None, gap=None, progress=None) -> PlanResult
 
 `gap`: stop when the plan found is proven within that share of the best (0: proven best; None, without a time limit:
-when proven best or after a fixed amount of work). `progress(message, done, total)` is called now and then. Raises
+when proven best or after a fixed amount of work). A planner that makes one plan by its own rules, as published, cannot
+promise that: it says `IS_EXACT = False` and returns its plan with the gap it has.
+`progress(message, done, total)` is called now and then. Raises
 InfeasibleError if no plan fits, with the constraint that binds and the smallest change that helps.
 
 Law (tests/contracts/test_planners.py): the plan is legal and fits, its figures are what the simulator says of it, and

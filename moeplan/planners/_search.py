@@ -127,7 +127,7 @@ class Search:
                 self._advance(heapq.heappop(self._queue))
             else:
                 entry = heapq.heappop(self._later)
-                self._try(entry.what, entry.bound_s)  # type: ignore[arg-type]
+                self.simulate(entry.what, entry.bound_s)  # type: ignore[arg-type]
         else:
             self.front_s = np.inf
         if self.best is None:
@@ -184,7 +184,7 @@ class Search:
             alike = _but_for_arbitration(entry.what)
             if alike not in self._seen or (self.best is not None and alike == _but_for_arbitration(self.best.plan)):
                 self._seen.add(alike)
-                self._try(entry.what, entry.bound_s)
+                self.simulate(entry.what, entry.bound_s)
             else:
                 heapq.heappush(self._later, entry)
 
@@ -250,7 +250,8 @@ class Search:
         if len(self.bounded) > 4 * KEPT:
             self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]
 
-    def _try(self, plan: Plan, bound_s: float) -> None:
+    def simulate(self, plan: Plan, bound_s: float) -> None:
+        """Simulates a plan and remembers it."""
         timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
         self.simulated_tasks += len(timeline.program.tasks)
         peak = self.scenario.cluster.gpu.peak_flops_per_s[plan.precision.compute]

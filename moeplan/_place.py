@@ -1,0 +1,96 @@
+"""The sub-command `moeplan place`: experts on GPUs, from a load or a scenario.
+
+What it needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeplan._flags import Json, ScenarioName, Settings, scenario_of
+
+if TYPE_CHECKING:
+    from moeplan.placing import Placing
+
+
+def place(
+    scenario: ScenarioName = None,
+    load: Annotated[
+        Path | None, typer.Option(help="Tokens of each expert: .npz, .csv, .jsonl, or SGLang's .json or .pt.")
+    ] = None,
+    array: Annotated[str | None, typer.Option(help="Which array of the .npz.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the expert-parallel group.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Replicas in all. Default: one of each expert.")] = None,
+    placer: Annotated[str, typer.Option(help="A name of `moeplan list placers`.")] = "ilp",
+    objective: Annotated[
+        str, typer.Option(help="balance (tokens of the fullest GPU) or makespan (seconds; needs a scenario).")
+    ] = "balance",
+    split: Annotated[str, typer.Option(help="even or optimal: how an expert's tokens go to its replicas.")] = "even",
+    now: Annotated[Path | None, typer.Option("--from", help="Where experts stand: what `place --json` wrote.")] = None,
+    max_moves: Annotated[int | None, typer.Option(help="The most replicas of a layer that may move.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds for a layer.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Place experts, and replicas of them, on GPUs: how full the fullest is, and how much better it could be."""
+    from moeplan._waiting import waiting
+    from moeplan.placing import place as run
+
+    problem = None if scenario is None else scenario_of(scenario, settings, {})
+    with waiting("placing") as progress:
+        found = run(
+            problem, load=load, array=array, gpus=gpus, slots=slots, placer=placer, objective=objective, split=split,  # type: ignore[arg-type]
+            now=now, max_moves=max_moves, time_limit_s=time_limit, seed=seed, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        from moeplan._screen import print_json
+
+        print_json(found.document())
+    else:
+        _print(found)
+
+
+def _print(found: Placing) -> None:
+    from moeplan._screen import Screen
+
+    screen, layers = Screen(), found.document()["layers"]
+    title = f"{found.slots} replicas on {found.num_gpus} GPUs by {found.placer}, split {found.split}"
+    screen.line(title, style="bold cyan")
+    timed = found.objective == "makespan"
+    heads = (
+        "layer",
+        *(("time", "bound") if timed else ()),
+        "fullest GPU",
+        "over mean",
+        "bound",
+        "gap",
+        "took",
+        "bound by",
+    )
+    rows = [
+        _row(layer, problem.tokens_E.sum() / found.num_gpus)
+        for layer, problem in zip(layers, found.problems, strict=True)
+    ]
+    screen.table(heads, rows, right="r" * (len(heads) - 1))
+    worst = max(layers, key=lambda layer: float(layer["gap"]))
+    screen.line()
+    screen.line(f"Proven within {_share(worst['gap'])} of the best in every layer (worst: layer {worst['layer']}).")
+
+
+def _row(layer: dict[str, Any], mean: float) -> tuple[str, ...]:
+    from moeplan.units import show
+
+    times = tuple(show(layer[key], "s") for key in ("makespan_s", "lower_bound_s") if key in layer)
+    return (
+        str(layer["layer"]), *times, f"{layer['max_tokens']:,.0f}", f"{layer['max_tokens'] / mean:.4f}",
+        f"{layer['lower_bound_tokens']:,.0f}", _share(layer["gap"]), show(layer["seconds"], "s"),
+        layer["proof"].partition(":")[0],
+    )  # fmt: skip
+
+
+def _share(gap: float) -> str:
+    return f"{100 * gap:.2g} %" if gap < 1 else f"{1 + gap:.3g} times"

@@ -1,0 +1,185 @@
+"""How many tokens each expert got: .npz, .csv, .jsonl, and what SGLang's recorder of expert distributions writes.
+
+.npz: counts[layer, expert], [step, layer, expert] or [step, layer, source, expert], its only array or a named one.
+.csv: a row of counts for each layer, or columns layer, expert, tokens (and step, source) under a header.
+.jsonl: {"layer": 0, "counts": [...]}, with "step" and "source" where there are several.
+.json and .pt: SGLang's {"logical_count": [steps, layers, experts]}, where dense layers are rows of zeros.
+
+Axes: T step, L layer, S source, E expert.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import CatalogueError
+from moeplan.routers._trace_files import MAX_BYTES, existing_file, read_jsonl, read_npz, refuse
+
+Floats = npt.NDArray[np.float64]
+_COLUMNS = ("step", "layer", "source", "expert", "tokens")
+_SHAPES = "[layer, expert], [step, layer, expert] or [step, layer, source, expert]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ExpertLoad:
+    """Tokens by step, layer, source and expert. `layers[l]` is the file's own number of layer l."""
+
+    tokens_TLSE: Floats
+    layers: tuple[int, ...]
+
+
+def read(source: str | PathLike[str], *, array: str | None = None) -> ExpertLoad:
+    """The load that a file states; `array` names one of several in an .npz.
+
+    Raises CatalogueError for a file that is not there, not of these kinds or cut off, and for counts that are negative,
+    not finite, ragged, empty or all zero.
+    """
+    path = existing_file(fspath(source))
+    readers: dict[str, Callable[[Path], npt.NDArray[Any]]] = {
+        ".npz": lambda file: read_npz(file, array), ".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".pt": _torch,
+    }  # fmt: skip
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise refuse(path, "path", f"'{path.suffix}'", allowed=", ".join(readers), remedy="rename or convert it")
+    if array is not None and path.suffix != ".npz":
+        raise refuse(path, "array", repr(array), allowed=f"of effect on {path.suffix} files", remedy="remove it")
+    return _checked(path, reader(path), skips_dense=path.suffix in (".json", ".pt"))
+
+
+def _checked(path: Path, found: npt.NDArray[Any], *, skips_dense: bool) -> ExpertLoad:
+    if found.ndim not in (2, 3, 4) or 0 in found.shape or found.dtype.kind not in "iuf":
+        what = f"shape {found.shape} of {found.dtype}"
+        raise refuse(path, "counts", what, allowed=f"numbers by {_SHAPES}", remedy="reshape it")
+    tokens = found.astype(np.float64)
+    tokens_TLSE = tokens if tokens.ndim == 4 else tokens.reshape(-1, tokens.shape[-2], 1, tokens.shape[-1])
+    if not np.isfinite(tokens_TLSE).all() or tokens_TLSE.min() < 0:
+        bad = "a number that is not finite" if not np.isfinite(tokens_TLSE).all() else f"{tokens_TLSE.min():g}"
+        raise refuse(path, "counts", bad, allowed="a finite count, 0 or more", remedy="count tokens again")
+    some_L = tokens_TLSE.any(axis=(0, 2, 3))
+    if not some_L.any() or not (some_L.all() or skips_dense):
+        layer = int(np.flatnonzero(~some_L)[0])
+        raise refuse(path, f"layer {layer}", "no token at all", allowed="a load", remedy="leave this layer out")
+    return ExpertLoad(tokens_TLSE=tokens_TLSE[:, some_L], layers=tuple(np.flatnonzero(some_L).tolist()))
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise refuse(path, "size", f"{path.stat().st_size} bytes", allowed=f"{MAX_BYTES} or less", remedy="use .npz")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise refuse(path, "file", "it", allowed="UTF-8 text", remedy="convert it") from None
+
+
+def _csv(path: Path) -> npt.NDArray[Any]:
+    rows = [row for row in csv.reader(_text(path).splitlines()) if row]
+    if not rows:
+        raise refuse(path, "file", "nothing", allowed="a row for each layer", remedy="write one")
+    header = [cell.strip() for cell in rows[0]]
+    if set(header) & set(_COLUMNS):
+        return _listed(path, header, rows[1:])
+    if len({len(row) for row in rows}) > 1:
+        raise refuse(path, "rows", "they", allowed="of one length", remedy="give every layer all its experts")
+    return np.array([[_number(path, f"row {at + 1}", cell) for cell in row] for at, row in enumerate(rows)])
+
+
+def _number(path: Path, where: str, cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        raise refuse(path, where, repr(cell)[:40], allowed="a number", remedy="write a count of tokens") from None
+
+
+def _listed(path: Path, header: list[str], rows: list[list[str]]) -> npt.NDArray[Any]:
+    """A line for each count."""
+    missing = {"layer", "expert", "tokens"} - set(header)
+    if missing or set(header) - set(_COLUMNS) or len(set(header)) < len(header):
+        allowed = "layer, expert, tokens, and maybe step and source"
+        raise refuse(path, "header", ", ".join(header), allowed=allowed, remedy="rename its columns")
+    entries = []
+    for at, row in enumerate(rows):
+        if len(row) != len(header):
+            what = f"{len(row)} cells"
+            raise refuse(path, f"row {at + 2}", what, allowed=f"the {len(header)} of the header", remedy="fill it")
+        cells = dict(zip(header, row, strict=True))
+        place = tuple(_index(path, at + 2, name, cells.get(name, "0")) for name in _COLUMNS[:-1])
+        entries.append((place, _number(path, f"row {at + 2}", cells["tokens"])))
+    return _table(path, entries)
+
+
+def _index(path: Path, row: int, name: str, cell: str) -> int:
+    if not cell.strip().isdecimal() or int(cell) >= 2**20:
+        raise refuse(path, f"row {row}: {name}", repr(cell)[:40], allowed="a whole number", remedy="count from 0")
+    return int(cell)
+
+
+def _table(path: Path, entries: list[tuple[tuple[int, ...], float]]) -> npt.NDArray[Any]:
+    """[step, layer, source, expert] of counts in any order; what is not listed is 0."""
+    if not entries:
+        raise refuse(path, "file", "it", allowed="without counts", remedy="list a count for each expert")
+    shape = tuple(int(size) + 1 for size in np.max([place for place, _ in entries], axis=0))
+    if np.prod(shape, dtype=np.float64) * 8 > MAX_BYTES:
+        raise refuse(path, "numbers", shape, allowed="of a table that fits memory", remedy="count from 0, or use .npz")
+    found = np.zeros(shape)
+    for place, tokens in entries:
+        found[place] += tokens
+    return found
+
+
+def _jsonl(path: Path) -> npt.NDArray[Any]:
+    entries: list[tuple[tuple[int, ...], float]] = []
+    for place, record in read_jsonl(path):
+        counts = record.get("counts")
+        where = tuple(record.get(name, 0) for name in ("step", "layer", "source"))
+        if not isinstance(counts, list) or not all(isinstance(each, int | float) for each in counts):
+            allowed = "a list of numbers"
+            raise refuse(path, f"{place}: counts", repr(counts)[:40], allowed=allowed, remedy="one for each expert")
+        if not all(type(number) is int and 0 <= number < 2**20 for number in where):
+            allowed = "whole numbers, 0 or more"
+            raise refuse(path, f"{place}: step, layer, source", where, allowed=allowed, remedy="count from 0")
+        entries += [((*where, expert), float(tokens)) for expert, tokens in enumerate(counts)]
+    return _table(path, entries)
+
+
+def _json(path: Path) -> npt.NDArray[Any]:
+    try:
+        document = json.loads(_text(path))
+    except (json.JSONDecodeError, RecursionError):
+        raise refuse(path, "file", "it", allowed="JSON", remedy="record it again") from None
+    return _logical_count(path, document)
+
+
+def _torch(path: Path) -> npt.NDArray[Any]:
+    """What `torch.save` wrote. Weights only: nothing in the file is run."""
+    try:
+        torch: Any = import_module("torch")
+    except ImportError:
+        raise CatalogueError(f"{path}: a .pt file needs torch; install it, or save logical_count as JSON") from None
+    from pickle import UnpicklingError
+
+    try:
+        document = torch.load(path, weights_only=True, map_location="cpu")
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        raise refuse(path, "file", "it", allowed="a whole file of torch.save", remedy="record it again") from None
+    return _logical_count(path, document)
+
+
+def _logical_count(path: Path, document: object) -> npt.NDArray[Any]:
+    found = document.get("logical_count") if isinstance(document, dict) else None
+    if found is None:
+        allowed = "a mapping with logical_count"
+        raise refuse(path, "file", "it", allowed=allowed, remedy="record with mode stat, or write counts as .npz")
+    try:
+        return np.asarray(found)
+    except ValueError:
+        raise refuse(path, "logical_count", "it", allowed="rows of one length", remedy="record it again") from None

@@ -1,0 +1,290 @@
+"""Placement alone: the experts of every layer on GPUs, from a load or a scenario, with a certificate for each layer.
+
+Axes: T step, L layer, S source, E expert, N node, R replica.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan import menu
+from moeplan.api import Progress, Source
+from moeplan.api import load as load_scenario
+from moeplan.compiler.works import work
+from moeplan.cost.cost_model import CostModel
+from moeplan.domain.cluster import Cluster
+from moeplan.domain.placement import Floats, LayerPlacement, PlacedLayer, PlacementProblem, Split, TokenPrices
+from moeplan.domain.plan import DTYPE_BYTES, Plan
+from moeplan.domain.program import Pass
+from moeplan.domain.scenario import Scenario
+from moeplan.errors import CatalogueError, InfeasibleError, PlanError
+from moeplan.importers.expert_load import read as read_load
+from moeplan.partition.route import load_of
+
+SCHEMA = "moeplan.placing/v1"
+Objective = Literal["balance", "makespan"]
+LoadSource = str | PathLike[str] | npt.ArrayLike
+_MOST_GPUS = 64
+"""Of an expert-parallel group whose size nobody has given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Placing:
+    """Placed layers; `layers[l]`, of `problems[l]`, is number `numbers[l]` of the file or the model."""
+
+    placer: str
+    objective: Objective
+    num_gpus: int
+    slots: int
+    split: Split
+    numbers: tuple[int, ...]
+    problems: tuple[PlacementProblem, ...]
+    layers: tuple[PlacedLayer, ...]
+
+    def document(self) -> dict[str, Any]:
+        """What `place --json` prints, and `now` reads."""
+        rows = zip(self.numbers, self.problems, self.layers, strict=True)
+        return {
+            "schema": SCHEMA, "placer": self.placer, "objective": self.objective, "gpus": self.num_gpus,
+            "slots": self.slots, "split": self.split, "layers": [_document(*row) for row in rows],
+        }  # fmt: skip
+
+
+def place(
+    scenario: Source | None = None,
+    *,
+    load: LoadSource | None = None,
+    array: str | None = None,
+    gpus: int | None = None,
+    slots: int | None = None,
+    placer: str = "ilp",
+    objective: Objective = "balance",
+    split: Split = "even",
+    now: Placing | Mapping[str, Any] | str | PathLike[str] | None = None,
+    max_moves: int | None = None,
+    time_limit_s: float = 10.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Placing:
+    """Every layer's experts on `gpus` GPUs with `slots` replicas in all, by one dish of the placers' menu.
+
+    The load comes from `load` (a file, or counts by layer and expert, with step and source before) or from the
+    scenario's routing. `objective` balance: the fullest GPU has few tokens. makespan: the seconds of the layer's
+    exchanges and experts, which needs a scenario. `slots` None: one for each expert. `now`: where experts stand, of
+    which at most `max_moves` replicas of a layer may move. Raises CatalogueError, PlanError, InfeasibleError.
+    """
+    given = None if scenario is None else load_scenario(scenario)
+    num_gpus = _gpus(given, gpus)
+    tokens_LSE, numbers = _tokens(given, load, array, num_gpus=num_gpus, objective=objective)
+    if time_limit_s <= 0 or not np.isfinite(time_limit_s):
+        raise PlanError(f"time limit: {time_limit_s} s is no time for a layer; use more than 0, such as 10")
+    num_slots = tokens_LSE.shape[2] if slots is None else slots
+    prices = _prices(given, num_gpus, num_slots) if objective == "makespan" else None
+    if given is not None:
+        _check_memory(given, -(-num_slots // num_gpus))
+    before = _placements(now, num_layers=len(numbers))
+    problems = tuple(
+        PlacementProblem(
+            tokens_SE=tokens_SE, num_gpus=num_gpus, slots=num_slots, split=split, prices=prices, now=at,
+            max_moves=max_moves,
+        )
+        for tokens_SE, at in zip(tokens_LSE, before, strict=True)
+    )  # fmt: skip
+    dish, placed = menu.load("placers", placer, "place"), []
+    for number, problem in zip(numbers, problems, strict=True):
+        placed.append(dish(problem, rng=np.random.default_rng([seed, number]), time_limit_s=time_limit_s))
+        if progress is not None:
+            progress(f"layer {number}", len(placed), len(problems))
+    return Placing(
+        placer=placer, objective=objective, num_gpus=num_gpus, slots=num_slots, split=split, numbers=numbers,
+        problems=problems, layers=tuple(placed),
+    )  # fmt: skip
+
+
+# ---- the load
+
+
+def _gpus(scenario: Scenario | None, gpus: int | None) -> int:
+    if gpus is not None:
+        if gpus < 1:
+            raise PlanError(f"gpus: {gpus} GPUs hold nothing; give the size of the expert-parallel group")
+        return gpus
+    if scenario is None:
+        raise PlanError("gpus: a load alone does not say how many; give the size of the expert-parallel group")
+    if scenario.choices.ep is not None and len(scenario.choices.ep) == 1:
+        return scenario.choices.ep[0]
+    experts = [layer.experts.num_experts for layer in scenario.model.all_layers if layer.experts]
+    most = min(_MOST_GPUS, scenario.cluster.num_gpus)
+    return max(size for size in range(1, most + 1) if all(count % size == 0 for count in experts))
+
+
+def _tokens(
+    scenario: Scenario | None, load: LoadSource | None, array: str | None, *, num_gpus: int, objective: Objective
+) -> tuple[Floats, tuple[int, ...]]:
+    """[L, S, E] tokens and the layers' numbers; sources are nodes where the topology counts, and else one."""
+    if load is None and scenario is None:
+        raise PlanError("place: neither a load nor a scenario is given; give counts of tokens, or a scenario's name")
+    if load is None:
+        assert scenario is not None
+        tokens_LSE, numbers = _routed(scenario, num_gpus)
+    elif isinstance(load, str | PathLike):
+        found = read_load(fspath(load), array=array)
+        tokens_LSE, numbers = found.tokens_TLSE.sum(axis=0), found.layers
+    else:
+        counts = _counted(np.asarray(load, np.float64))
+        tokens_LSE, numbers = counts, tuple(range(len(counts)))
+    if objective == "balance":
+        return tokens_LSE.sum(axis=1, keepdims=True), numbers
+    if scenario is None:
+        raise PlanError("objective makespan: needs a cluster and a model; give a scenario beside the load")
+    return _by_node(tokens_LSE, num_gpus, scenario.cluster.gpus_per_node), numbers
+
+
+def _counted(counts: Floats) -> Floats:
+    if counts.ndim not in (2, 3, 4) or 0 in counts.shape:
+        allowed = "[layer, expert], [step, layer, expert] or [step, layer, source, expert]"
+        raise PlanError(f"load: shape {counts.shape} is not {allowed}; reshape it")
+    by_step = counts if counts.ndim == 4 else counts.reshape(-1, counts.shape[-2], 1, counts.shape[-1])
+    return np.asarray(by_step.sum(axis=0))
+
+
+def _routed(scenario: Scenario, num_gpus: int) -> tuple[Floats, tuple[int, ...]]:
+    """What the scenario's routing sends in one micro-batch of one sequence on each GPU."""
+    num_layers = len(scenario.model.layers)
+    plan = Plan(dp=num_gpus, ep=num_gpus, stages=(num_layers,))
+    found = load_of(scenario, plan, rank_tokens=scenario.workload.query_length)
+    if found is None:
+        raise PlanError(f"{scenario.name}: its model has no experts; choose one that has")
+    shapes = {table.shape for table in found.tokens_SE_by_layer}
+    if len(shapes) > 1:
+        raise PlanError(f"{scenario.name}: layers differ in their number of experts; place them one load at a time")
+    moe = [number for number, layer in enumerate(scenario.model.layers) if layer.experts]
+    return np.array(found.tokens_SE_by_layer[: len(moe)]), tuple(moe)
+
+
+def _by_node(tokens_LSE: Floats, num_gpus: int, gpus_per_node: int) -> Floats:
+    sources, nodes = tokens_LSE.shape[1], -(-num_gpus // gpus_per_node)
+    if num_gpus % gpus_per_node and nodes > 1:
+        raise PlanError(f"gpus: {num_gpus} GPUs are not whole nodes of {gpus_per_node}; use {gpus_per_node * nodes}")
+    if sources == 1:
+        return np.repeat(tokens_LSE / nodes, nodes, axis=1)
+    if sources % nodes:
+        raise PlanError(f"load: {sources} sources do not spread over {nodes} nodes; record one for each GPU or node")
+    layers, _, experts = tokens_LSE.shape
+    return np.asarray(tokens_LSE.reshape(layers, nodes, sources // nodes, experts).sum(axis=2))
+
+
+# ---- the machine
+
+
+def _prices(scenario: Scenario | None, num_gpus: int, slots: int) -> TokenPrices:
+    """Of one token copy: its experts' kernels, forward (in training also backward), and its way there and back."""
+    assert scenario is not None
+    cluster, workload, precision = scenario.cluster, scenario.workload, scenario.choices.precision
+    experts = next(layer.experts for layer in scenario.model.layers if layer.experts)
+    rows = max(1, workload.query_length * experts.top_k * num_gpus // slots)
+    operators = experts.expert_operators(tokens_per_expert=(rows,) * -(-slots // num_gpus))
+    passes = [Pass.FORWARD, Pass.BACKWARD] if workload.is_training else [Pass.FORWARD]
+    model = CostModel(gpu=cluster.gpu)
+    seconds = sum(model.cost(work("experts", operators, each, precision=precision)).seconds for each in passes)
+    width = experts.expert_input * DTYPE_BYTES[precision.dispatch]
+    nic, nvlink = _bandwidths(cluster, num_gpus)
+    both = 1 + DTYPE_BYTES[precision.combine] / DTYPE_BYTES[precision.dispatch]
+    return TokenPrices(
+        gpus_per_node=min(cluster.gpus_per_node, num_gpus), compute_s=seconds / (rows * -(-slots // num_gpus)),
+        nic_s=width / nic, nvlink_s=width / nvlink, exchange_factor=both * len(passes),
+    )  # fmt: skip
+
+
+def _bandwidths(cluster: Cluster, num_gpus: int) -> tuple[float, float]:
+    """Bytes/s out of a node through all its NICs, and into a GPU from its node."""
+    inside = cluster.path_bandwidth_bytes_per_s([0], [1])[0] if min(cluster.gpus_per_node, num_gpus) > 1 else np.inf
+    if num_gpus <= cluster.gpus_per_node:
+        return np.inf, float(inside)
+    width_K = cluster.bandwidth_bytes_per_s_K
+    ways = [cluster.path(gpu, gpu + cluster.gpus_per_node) for gpu in range(cluster.gpus_per_node)]
+    narrowest = {min(way, key=lambda link: width_K[link]) for way in ways}
+    return float(sum(width_K[link] for link in narrowest)), float(inside)
+
+
+def _check_memory(scenario: Scenario, slots_per_gpu: int) -> None:
+    """Raises InfeasibleError if the weights of the replicas alone are more than a GPU has: of all layers of a stage,
+    and where in training the number of stages is open, of one layer.
+    """
+    experts = [layer.experts for layer in scenario.model.layers if layer.experts]
+    stages = max(scenario.choices.pp or (len(experts),)) if scenario.workload.is_training else 1
+    each = DTYPE_BYTES[scenario.choices.precision.weights] * max(e.expert_parameters for e in experts)
+    layers, usable = -(-len(experts) // stages), scenario.cluster.gpu.usable_memory_bytes
+    if slots_per_gpu * layers * each > usable:
+        most = int(usable // (layers * each))
+        raise InfeasibleError(
+            f"{scenario.name}: slots: {slots_per_gpu} replicas of {layers} layers take "
+            f"{slots_per_gpu * layers * each / 1e9:.4g} GB of a GPU's {usable / 1e9:.4g}; use at most {most} a GPU"
+        )
+
+
+# ---- documents
+
+
+def _document(number: int, problem: PlacementProblem, placed: PlacedLayer) -> dict[str, Any]:
+    from moeplan.placers._bounds import token_bounds
+    from moeplan.placers._check import loads
+
+    most = float(loads(problem, placed.placement).max())
+    priced = problem.prices is not None
+    least = max(bound for bound, _ in token_bounds(problem)) if priced else placed.lower_bound
+    times = {"makespan_s": placed.value, "lower_bound_s": placed.lower_bound} if priced else {}
+    weight_SE = problem.tokens_SE / np.maximum(problem.tokens_E, 1e-300)
+    share_R = (weight_SE[:, placed.placement.expert_R] * placed.placement.share_SR).sum(axis=0)
+    idle_R = problem.tokens_E[placed.placement.expert_R] == 0
+    share_R = np.where(idle_R, placed.placement.share_SR.mean(axis=0), share_R)
+    rows = zip(placed.placement.expert_R.tolist(), placed.placement.gpu_R.tolist(), share_R.tolist(), strict=True)
+    return {
+        "layer": number, "max_tokens": most, "lower_bound_tokens": min(least, most), **times, "gap": placed.gap,
+        "proof": placed.proof, "seconds": placed.seconds,
+        "replicas": [{"expert": expert, "gpu": gpu, "share": share} for expert, gpu, share in rows],
+    }  # fmt: skip
+
+
+def _placements(
+    now: Placing | Mapping[str, Any] | str | PathLike[str] | None, *, num_layers: int
+) -> Sequence[LayerPlacement | None]:
+    if now is None:
+        return [None] * num_layers
+    if isinstance(now, Placing):
+        found: list[LayerPlacement | None] = [each.placement for each in now.layers]
+    else:
+        found = _read(now)
+    if len(found) != num_layers:
+        raise PlanError(f"from: {len(found)} layers, and the load has {num_layers}; give the placement of this model")
+    return found
+
+
+def _read(now: Mapping[str, Any] | str | PathLike[str]) -> list[LayerPlacement | None]:
+    where = "placement" if isinstance(now, Mapping) else fspath(now)
+    try:
+        document = now if isinstance(now, Mapping) else json.loads(Path(where).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CatalogueError(f"{where}: it is not JSON ({error}); give what `place --json` wrote") from None
+    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+        raise CatalogueError(f"{where}: schema is not {SCHEMA}; give what `place --json` wrote")
+    try:
+        layers = [layer["replicas"] for layer in document["layers"]]
+        return [
+            LayerPlacement(
+                expert_R=np.array([each["expert"] for each in replicas]),
+                gpu_R=np.array([each["gpu"] for each in replicas]),
+                share_SR=np.array([[each["share"] for each in replicas]]),
+            )
+            for replicas in layers
+        ]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CatalogueError(f"{where}: replicas: {error!r} in them; give what `place --json` wrote") from None
