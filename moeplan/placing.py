@@ -98,15 +98,29 @@ def place(
         )
         for tokens_SE, at in zip(tokens_LSE, before, strict=True)
     )  # fmt: skip
-    dish, placed = menu.load("placers", placer, "place"), []
-    for number, problem in zip(numbers, problems, strict=True):
-        placed.append(dish(problem, rng=np.random.default_rng([seed, number]), time_limit_s=time_limit_s))
-        if progress is not None:
-            progress(f"layer {number}", len(placed), len(problems))
+    placed = _placed(problems, numbers, placer=placer, seed=seed, time_limit_s=time_limit_s, progress=progress)
     return Placing(
         placer=placer, objective=objective, num_gpus=num_gpus, slots=num_slots, split=split, numbers=numbers,
-        problems=problems, layers=tuple(placed),
+        problems=problems, layers=placed,
     )  # fmt: skip
+
+
+def _placed(
+    problems: Sequence[PlacementProblem], numbers: Sequence[int], *, placer: str, seed: int, time_limit_s: float,
+    progress: Progress | None,
+) -> tuple[PlacedLayer, ...]:  # fmt: skip
+    """Layers with the same load, from the same start, get the same placement."""
+    dish = menu.load("placers", placer, "place")
+    known: dict[tuple[bytes, LayerPlacement | None], PlacedLayer] = {}
+    found = []
+    for number, problem in zip(numbers, problems, strict=True):
+        key = (problem.tokens_SE.tobytes(), problem.now)
+        if key not in known:
+            known[key] = dish(problem, rng=np.random.default_rng([seed, number]), time_limit_s=time_limit_s)
+        found.append(known[key])
+        if progress is not None:
+            progress(f"layer {number}", len(found), len(problems))
+    return tuple(found)
 
 
 # ---- the load

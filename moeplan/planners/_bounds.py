@@ -44,6 +44,8 @@ class Bounds:
     """Price uneven routing as if it were even, and no higher than that can cost: fast, and still a bound."""
     prices: Prices = field(init=False)
     _chains: dict[tuple[object, ...], Chains] = field(default_factory=dict)
+    _of_branch: dict[int, tuple[Branch, Chains]] = field(default_factory=dict)
+    _floors: dict[int, tuple[Floats, Floats, Floats]] = field(default_factory=dict)
     _shapes: dict[tuple[object, ...], Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,42 @@ class Bounds:
         return self.scenario.workload.is_training
 
     # ---- the whole
+
+    def floor_s(self, branch: Branch) -> float:
+        """At least the seconds of every row, at a glance: all passes spread over all pipeline ranks, without a bubble.
+
+        The mean over the ranks is no more than the last rank takes. Exchanges count where nothing else hides them:
+        under even routing, and without slots of two, all but those at the ends of virtual stages.
+        """
+        layout, chains = branch.layout, self.chains(branch)
+        if id(chains) not in self._floors:
+            self._floors[id(chains)] = self._micro_batch_s(chains)
+        busy, span, ends = self._floors[id(chains)]
+        once = busy
+        if layout.copies == 1 and self.prices.is_even and not self.coarse:
+            once = np.maximum(once, span - len(layout.stages) * ends)
+        return float((self.microbatches(branch) * once).min() / layout.pp)
+
+    def _micro_batch_s(self, chains: Chains) -> tuple[Floats, Floats, Floats]:
+        """[U]: kernels of a micro-batch in the whole model, its chains, and what may be hidden in a virtual stage."""
+        of_layer = self.prices.kinds[1]
+        counts_K = np.bincount(of_layer, minlength=len(self.prices.kinds[0])).astype(np.float64)
+        onward, back, split = (chains.by_pass[name] for name in ("forward", "backward", "input_gradient"))
+        last = chains.ends[:2].sum(axis=0)
+        if not self.training:
+            return (
+                counts_K @ onward.busy + last[_F],
+                counts_K @ onward.span + last[_F],
+                (onward.lead + onward.trail).max(axis=0),
+            )
+        found = []
+        for what in ("busy", "span"):
+            backward = np.minimum(counts_K @ getattr(back, what), counts_K @ (getattr(split, what) + chains.weights))
+            found.append(
+                counts_K @ getattr(onward, what) + backward + last[_F] + np.minimum(last[_B], last[_I] + last[_W])
+            )
+        loose = [(chain.lead + chain.trail).max(axis=0) for chain in (onward, back, split)]
+        return found[0], found[1], loose[0] + np.maximum(loose[1], loose[2])
 
     def pipeline_s(self, branch: Branch) -> Floats:
         """[U]: of all passes, without what is done once a step."""
@@ -239,6 +277,13 @@ class Bounds:
 
     def chains(self, branch: Branch) -> Chains:
         """The chains of the layers in every row; branches with the same lists, degrees and wires share them."""
+        if (known := self._of_branch.get(id(branch))) is not None and known[0] is branch:
+            return known[1]
+        found = self._shared(branch)
+        self._of_branch[id(branch)] = (branch, found)
+        return found
+
+    def _shared(self, branch: Branch) -> Chains:
         grid = grid_of(branch.layout)
         wires = [cheapest(self.prices, grid, axis) for axis in ("tp", "cp", "etp")]
         if grid.ep > 1 and self.prices.is_even:

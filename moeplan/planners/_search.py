@@ -43,7 +43,7 @@ class _Entry:
     bound_s: float
     number: int
     rank: int = field(compare=False)
-    """0: branch, 1: opened branch, 2: plan."""
+    """0: branch at a glance, 1: branch, 2: opened branch, 3: plan."""
     what: object = field(compare=False)
 
 
@@ -140,11 +140,10 @@ class Search:
         total = 0
         for entry in (*self._queue, *self._later):
             if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
-                if entry.rank == 0:
-                    assert isinstance(entry.what, Branch)
+                if isinstance(entry.what, Branch):
                     total += prod(len(values) for values in entry.what.lists)
-                elif entry.rank == 1:
-                    opened: _Opened = entry.what  # type: ignore[assignment]
+                elif isinstance(entry.what, _Opened):
+                    opened = entry.what
                     total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
                 else:
                     total += 1
@@ -166,7 +165,7 @@ class Search:
         for number, branch in enumerate(branches):
             if self.progress is not None and number % 500 == 0:
                 self.progress("bounding layouts", number, len(branches))
-            self._push(float(self.coarse.bounds.pipeline_s(branch).min()), 0, branch)
+            self._push(self.coarse.bounds.floor_s(branch), 0, branch)
 
     def _push(self, bound_s: float, rank: int, what: object) -> None:
         self._count += 1
@@ -175,8 +174,11 @@ class Search:
     def _advance(self, entry: _Entry) -> None:
         if entry.rank == 0:
             assert isinstance(entry.what, Branch)
-            self._open(entry.what)
+            self._push(max(entry.bound_s, float(self.coarse.bounds.pipeline_s(entry.what).min())), 1, entry.what)
         elif entry.rank == 1:
+            assert isinstance(entry.what, Branch)
+            self._open(entry.what)
+        elif entry.rank == 2:
             assert isinstance(entry.what, _Opened)
             self._next_plan(entry.what)
         else:
@@ -202,7 +204,7 @@ class Search:
         order = np.argsort(every, kind="stable")
         order = order[share[order] <= 1]
         self.infeasible += len(every) - len(order)
-        self._push(float(every[order[0]]), 1, _Opened(branch, every, order))
+        self._push(float(every[order[0]]), 2, _Opened(branch, every, order))
 
     def _filled(self, branch: Branch) -> Floats:
         """Share of the usable memory that the fullest rank needs, by all choices but arbitration."""
@@ -242,10 +244,10 @@ class Search:
         bound_s = float(opened.bounds_s[opened.order[opened.at]])
         opened.at += 1
         if opened.at < len(opened.order):
-            self._push(float(opened.bounds_s[opened.order[opened.at]]), 1, opened)
+            self._push(float(opened.bounds_s[opened.order[opened.at]]), 2, opened)
         closer = max(bound_s, self.steps.plan_s(plan))
         self.looked_at += 1
-        self._push(closer, 2, plan)
+        self._push(closer, 3, plan)
         self.bounded.append((closer, plan))
         if len(self.bounded) > 4 * KEPT:
             self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]

@@ -202,6 +202,8 @@ def test_no_bound_of_a_plan_drawn_at_random_is_above_its_simulated_step(case: st
     coarse = StepBounds(Bounds(scenario, coarse=True))
     for branch, index, step_s in drawn(scenario, space, count):
         plan = space.plan(branch, index)
+        assert coarse.bounds.floor_s(branch) <= step_s * (1 + ROUNDING), plan
+        assert steps.bounds.floor_s(branch) <= step_s * (1 + ROUNDING), plan
         assert coarse.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
         assert bounds_of(coarse, branch)[index] <= step_s * (1 + ROUNDING), plan
         assert steps.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
