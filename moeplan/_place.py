@@ -23,10 +23,15 @@ def place(
     ] = None,
     array: Annotated[str | None, typer.Option(help="Which array of the .npz.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of the expert-parallel group.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="Of objective visits, without a scenario.")] = None,
     slots: Annotated[int | None, typer.Option(help="Replicas in all. Default: one of each expert.")] = None,
     placer: Annotated[str, typer.Option(help="A name of `moeplan list placers`.")] = "ilp",
     objective: Annotated[
-        str, typer.Option(help="balance (tokens of the fullest GPU) or makespan (seconds; needs a scenario).")
+        str,
+        typer.Option(
+            help="balance (tokens of the fullest GPU), makespan (seconds; needs a scenario) or visits (nodes that a "
+            "token is sent to; --load holds expert ids by token, layer and pick)."
+        ),
     ] = "balance",
     split: Annotated[str, typer.Option(help="even or optimal: how an expert's tokens go to its replicas.")] = "even",
     now: Annotated[Path | None, typer.Option("--from", help="Where experts stand: what `place --json` wrote.")] = None,
@@ -43,7 +48,8 @@ def place(
     problem = None if scenario is None else scenario_of(scenario, settings, {})
     with waiting("placing") as progress:
         found = run(
-            problem, load=load, array=array, gpus=gpus, slots=slots, placer=placer, objective=objective, split=split,  # type: ignore[arg-type]
+            problem, load=load, array=array, gpus=gpus, gpus_per_node=gpus_per_node, slots=slots,
+            placer=placer, objective=objective, split=split,  # type: ignore[arg-type]
             now=now, max_moves=max_moves, time_limit_s=time_limit, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -60,10 +66,10 @@ def _print(found: Placing) -> None:
     screen, layers = Screen(), found.document()["layers"]
     title = f"{found.slots} replicas on {found.num_gpus} GPUs by {found.placer}, split {found.split}"
     screen.line(title, style="bold cyan")
-    timed = found.objective == "makespan"
+    also = {"makespan": ("time", "bound"), "visits": ("nodes per token", "bound")}.get(found.objective, ())
     heads = (
         "layer",
-        *(("time", "bound") if timed else ()),
+        *also,
         "fullest GPU",
         "over mean",
         "bound",
@@ -85,6 +91,7 @@ def _row(layer: dict[str, Any], mean: float) -> tuple[str, ...]:
     from moeplan.units import show
 
     times = tuple(show(layer[key], "s") for key in ("makespan_s", "lower_bound_s") if key in layer)
+    times += tuple(f"{layer[key]:.3f}" for key in ("visits", "lower_bound_visits") if key in layer)
     return (
         str(layer["layer"]), *times, f"{layer['max_tokens']:,.0f}", f"{layer['max_tokens'] / mean:.4f}",
         f"{layer['lower_bound_tokens']:,.0f}", _share(layer["gap"]), show(layer["seconds"], "s"),

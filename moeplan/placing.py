@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +21,26 @@ from moeplan.api import load as load_scenario
 from moeplan.compiler.works import work
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.cluster import Cluster
-from moeplan.domain.placement import Floats, LayerPlacement, PlacedLayer, PlacementProblem, Split, TokenPrices
+from moeplan.domain.placement import (
+    Floats,
+    LayerPlacement,
+    PlacedLayer,
+    PlacementProblem,
+    Split,
+    TokenPrices,
+    TokenVisits,
+)
 from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Pass
+from moeplan.domain.routing import TokenSets
 from moeplan.domain.scenario import Scenario
-from moeplan.errors import CatalogueError, InfeasibleError, PlanError
+from moeplan.errors import CatalogueError, InfeasibleError, PlanError, unknown_name
+from moeplan.importers.expert_load import Ids, read_ids
 from moeplan.importers.expert_load import read as read_load
 from moeplan.partition.route import load_of
 
 SCHEMA = "moeplan.placing/v1"
-Objective = Literal["balance", "makespan"]
+Objective = Literal["balance", "makespan", "visits"]
 LoadSource = str | PathLike[str] | npt.ArrayLike
 _MOST_GPUS = 64
 """Of an expert-parallel group whose size nobody has given."""
@@ -64,6 +74,7 @@ def place(
     load: LoadSource | None = None,
     array: str | None = None,
     gpus: int | None = None,
+    gpus_per_node: int | None = None,
     slots: int | None = None,
     placer: str = "ilp",
     objective: Objective = "balance",
@@ -78,12 +89,16 @@ def place(
 
     The load comes from `load` (a file, or counts by layer and expert, with step and source before) or from the
     scenario's routing. `objective` balance: the fullest GPU has few tokens. makespan: the seconds of the layer's
-    exchanges and experts, which needs a scenario. `slots` None: one for each expert. `now`: where experts stand, of
-    which at most `max_moves` replicas of a layer may move. Raises CatalogueError, PlanError, InfeasibleError.
+    exchanges and experts, which needs a scenario. visits: the nodes, of `gpus_per_node`, that a token is sent to;
+    `load` then holds expert ids by token, layer and pick. `slots` None: one for each expert. `now`: where experts
+    stand, of which at most `max_moves` replicas of a layer may move. Raises CatalogueError, PlanError, InfeasibleError.
     """
     given = None if scenario is None else load_scenario(scenario)
     num_gpus = _gpus(given, gpus)
-    tokens_LSE, numbers = _tokens(given, load, array, num_gpus=num_gpus, objective=objective)
+    ids_NLK = _ids(load, array) if objective == "visits" else None
+    counted = _counts_of(given, ids_NLK) if ids_NLK is not None else load
+    tokens_LSE, numbers = _tokens(given, counted, array, num_gpus=num_gpus, objective=objective)
+    visits_L = _visits(given, ids_NLK, gpus_per_node, num_layers=len(numbers))
     if time_limit_s <= 0 or not np.isfinite(time_limit_s):
         raise PlanError(f"time limit: {time_limit_s} s is no time for a layer; use more than 0, such as 10")
     num_slots = tokens_LSE.shape[2] if slots is None else slots
@@ -93,10 +108,10 @@ def place(
     before = _placements(now, num_layers=len(numbers))
     problems = tuple(
         PlacementProblem(
-            tokens_SE=tokens_SE, num_gpus=num_gpus, slots=num_slots, split=split, prices=prices, now=at,
-            max_moves=max_moves,
+            tokens_SE=tokens_SE, num_gpus=num_gpus, slots=num_slots, split=split, prices=prices, visits=visits,
+            now=at, max_moves=max_moves,
         )
-        for tokens_SE, at in zip(tokens_LSE, before, strict=True)
+        for tokens_SE, visits, at in zip(tokens_LSE, visits_L, before, strict=True)
     )  # fmt: skip
     placed = _placed(problems, numbers, placer=placer, seed=seed, time_limit_s=time_limit_s, progress=progress)
     return Placing(
@@ -155,11 +170,45 @@ def _tokens(
     else:
         counts = _counted(np.asarray(load, np.float64))
         tokens_LSE, numbers = counts, tuple(range(len(counts)))
-    if objective == "balance":
+    if objective not in get_args(Objective):
+        raise PlanError(unknown_name("objective", objective, get_args(Objective)))
+    if objective != "makespan":
         return tokens_LSE.sum(axis=1, keepdims=True), numbers
     if scenario is None:
         raise PlanError("objective makespan: needs a cluster and a model; give a scenario beside the load")
     return _by_node(tokens_LSE, num_gpus, scenario.cluster.gpus_per_node), numbers
+
+
+def _ids(load: LoadSource | None, array: str | None) -> Ids:
+    if load is None:
+        raise PlanError("objective visits: needs which experts each token chose; give expert ids as the load")
+    ids_NLK = read_ids(fspath(load), array=array) if isinstance(load, str | PathLike) else np.asarray(load)
+    if ids_NLK.ndim != 3 or ids_NLK.dtype.kind not in "iu" or 0 in ids_NLK.shape or ids_NLK.min() < 0:
+        raise PlanError(f"load: shape {ids_NLK.shape} is not expert ids [token, layer, pick], 0 or more; give those")
+    return ids_NLK.astype(np.int32)
+
+
+def _counts_of(scenario: Scenario | None, ids_NLK: Ids) -> Floats:
+    """[L, E]: as many experts as the model has, or as the ids name."""
+    experts = [layer.experts.num_experts for layer in scenario.model.layers if layer.experts] if scenario else []
+    width = max([int(ids_NLK.max()) + 1, *experts])
+    if experts and width > max(experts):
+        raise PlanError(f"load: expert {width - 1} is not 0 to {max(experts) - 1}; use the model that chose")
+    layers = range(ids_NLK.shape[1])
+    return np.array([np.bincount(ids_NLK[:, at].ravel(), minlength=width) for at in layers], np.float64)
+
+
+def _visits(
+    scenario: Scenario | None, ids_NLK: Ids | None, gpus_per_node: int | None, *, num_layers: int
+) -> Sequence[TokenVisits | None]:
+    if ids_NLK is None:
+        if gpus_per_node is not None:
+            raise PlanError("gpus_per_node has no effect without objective visits; the cluster says it; remove it")
+        return [None] * num_layers
+    size = gpus_per_node or (scenario.cluster.gpus_per_node if scenario else None)
+    if size is None:
+        raise PlanError("objective visits: needs the GPUs of a node; give gpus_per_node, or a scenario")
+    return [TokenVisits(sets=TokenSets.of(ids_NLK[:, at]), gpus_per_node=size) for at in range(num_layers)]
 
 
 def _counted(counts: Floats) -> Floats:
@@ -253,9 +302,10 @@ def _document(number: int, problem: PlacementProblem, placed: PlacedLayer) -> di
     from moeplan.placers._check import loads
 
     most = float(loads(problem, placed.placement).max())
-    priced = problem.prices is not None
-    least = max(bound for bound, _ in token_bounds(problem)) if priced else placed.lower_bound
-    times = {"makespan_s": placed.value, "lower_bound_s": placed.lower_bound} if priced else {}
+    name, unit = ("makespan", "_s") if problem.prices else ("visits", "_visits") if problem.visits else ("", "")
+    least = max(bound for bound, _ in token_bounds(problem)) if name else placed.lower_bound
+    other = {"makespan_s" if problem.prices else "visits": placed.value, f"lower_bound{unit}": placed.lower_bound}
+    times = other if name else {}
     weight_SE = problem.tokens_SE / np.maximum(problem.tokens_E, 1e-300)
     share_R = (weight_SE[:, placed.placement.expert_R] * placed.placement.share_SR).sum(axis=0)
     idle_R = problem.tokens_E[placed.placement.expert_R] == 0

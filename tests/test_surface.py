@@ -23,8 +23,8 @@ SIGNATURES = {
     "plan": "(scenario, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
     "cluster_from": "(name, *, nodes=None, changes={})",
     "place": (
-        "(scenario=None, *, load=None, array=None, gpus=None, slots=None, placer='ilp', objective='balance', "
-        "split='even', now=None, max_moves=None, time_limit_s=10.0, seed=0, progress=None)"
+        "(scenario=None, *, load=None, array=None, gpus=None, gpus_per_node=None, slots=None, placer='ilp', "
+        "objective='balance', split='even', now=None, max_moves=None, time_limit_s=10.0, seed=0, progress=None)"
     ),
     "scenario_from": "(*, model, cluster, global_batch, sequence, nodes=None, phase='train', changes={})",
     "show": "(name)",

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.domain.routing import TokenSets
 from moeplan.errors import PlanError
 
 Ints = npt.NDArray[np.int64]
@@ -41,10 +42,23 @@ class TokenPrices:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenVisits:
+    """Which experts tokens choose together: then the nodes that a token visits are to be few.
+
+    No node is to get more than `most_load` times the mean load, where experts can be dealt out so.
+    """
+
+    sets: TokenSets
+    gpus_per_node: int
+    most_load: float = 1.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PlacementProblem:
     """One layer's experts to be put on GPUs: `slots` replicas in all, at most ceil(slots / GPUs) on a GPU.
 
-    Without `prices` the objective is the tokens of the fullest GPU, with them the seconds that `TokenPrices` states.
+    The objective is the tokens of the fullest GPU, with `prices` the seconds that `TokenPrices` states, with `visits`
+    the nodes that a token visits on average.
     No expert stands twice on a GPU, and every slot is used. `now` is where experts stand; with `max_moves` at most
     so many replicas may stand where they did not stand before.
     Raises PlanError for loads that are negative, not finite, all zero or of the wrong shape, and for too few or too
@@ -56,6 +70,7 @@ class PlacementProblem:
     slots: int
     split: Split = "even"
     prices: TokenPrices | None = None
+    visits: TokenVisits | None = None
     now: LayerPlacement | None = None
     max_moves: int | None = None
 
@@ -72,8 +87,21 @@ class PlacementProblem:
                 f"slots: {self.slots} do not hold {self.num_experts} experts on {self.num_gpus} GPUs without an expert "
                 f"twice on a GPU; use {self.num_experts} to {self.num_experts * max(self.num_gpus, 1)}"
             )
+        if self.visits is not None:
+            self._check_visits(self.visits)
         if self.max_moves is not None and self.now is None:
             raise PlanError("max_moves has no effect without a present placement; give the placement to start from")
+
+    def _check_visits(self, visits: TokenVisits) -> None:
+        if self.prices is not None:
+            raise PlanError("objective: prices and visits are two; give one of them")
+        if self.slots != self.num_experts:
+            raise PlanError(f"slots: visits are counted without replicas; use {self.num_experts}, one of each expert")
+        if self.num_gpus % visits.gpus_per_node or self.num_experts % self.num_gpus:
+            raise PlanError(
+                f"gpus: {self.num_experts} experts on {self.num_gpus} GPUs in nodes of {visits.gpus_per_node} are not "
+                "equally many on each; use numbers that divide"
+            )
 
     @property
     def num_experts(self) -> int:

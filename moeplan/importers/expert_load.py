@@ -5,7 +5,9 @@
 .jsonl: {"layer": 0, "counts": [...]}, with "step" and "source" where there are several.
 .json and .pt: SGLang's {"logical_count": [steps, layers, experts]}, where dense layers are rows of zeros.
 
-Axes: T step, L layer, S source, E expert.
+And for what counts alone do not tell, which experts each token chose: .npz, expert ids [token, layer, pick].
+
+Axes: T step, L layer, S source, E expert, N token, K pick.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from moeplan.errors import CatalogueError
 from moeplan.routers._trace_files import MAX_BYTES, existing_file, read_jsonl, read_npz, refuse
 
 Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int32]
 _COLUMNS = ("step", "layer", "source", "expert", "tokens")
 _SHAPES = "[layer, expert], [step, layer, expert] or [step, layer, source, expert]"
 
@@ -54,6 +57,21 @@ def read(source: str | PathLike[str], *, array: str | None = None) -> ExpertLoad
     if array is not None and path.suffix != ".npz":
         raise refuse(path, "array", repr(array), allowed=f"of effect on {path.suffix} files", remedy="remove it")
     return _checked(path, reader(path), skips_dense=path.suffix in (".json", ".pt"))
+
+
+def read_ids(source: str | PathLike[str], *, array: str | None = None) -> Ids:
+    """(N, L, K) experts that each token chose in each layer, from an .npz. Raises CatalogueError."""
+    path = existing_file(fspath(source))
+    if path.suffix != ".npz":
+        raise refuse(path, "path", f"'{path.suffix}'", allowed=".npz", remedy="save ids by token, layer and pick")
+    found = read_npz(path, array)
+    if found.ndim != 3 or 0 in found.shape or found.dtype.kind not in "iu":
+        what = f"shape {found.shape} of {found.dtype}"
+        raise refuse(path, "ids", what, allowed="whole numbers by [token, layer, pick]", remedy="save them so")
+    if found.min() < 0 or found.max() >= 2**16:
+        allowed = "a whole number from 0 to 65535"
+        raise refuse(path, "ids", f"{found.min()} or {found.max()}", allowed=allowed, remedy="use the model that chose")
+    return found.astype(np.int32)
 
 
 def _checked(path: Path, found: npt.NDArray[Any], *, skips_dense: bool) -> ExpertLoad:

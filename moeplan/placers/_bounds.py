@@ -12,6 +12,7 @@ import numpy as np
 
 from moeplan.domain.placement import Floats, Ints, PlacementProblem
 from moeplan.jit import compiled
+from moeplan.placers._visits import visits_bound
 
 _ROUNDING = 1e-12
 
@@ -21,6 +22,10 @@ def bounds(problem: PlacementProblem) -> list[tuple[float, str]]:
 
     With prices a layer takes at least the time of the fullest GPU's experts, so each bound of tokens is one of seconds.
     """
+    if problem.visits is not None:
+        nodes = problem.num_gpus // problem.visits.gpus_per_node
+        fewest = visits_bound(problem.visits.sets, num_experts=problem.num_experts, num_nodes=nodes)
+        return [(fewest, "partners: each expert shares its node with those most often chosen beside it, at best")]
     if problem.prices is None:
         return token_bounds(problem)
     compute_s = problem.prices.compute_s

@@ -35,7 +35,11 @@ def certified(
 
 
 def value(problem: PlacementProblem, placement: LayerPlacement) -> float:
-    """Tokens of the fullest GPU, or the layer's seconds where the problem has prices."""
+    """Tokens of the fullest GPU; with prices the layer's seconds, with visits the nodes that a token visits."""
+    if problem.visits is not None:
+        node_E = placement.gpu_R // problem.visits.gpus_per_node  # one replica of each expert, in their order
+        visited_U = [len(set(row)) for row in node_E[problem.visits.sets.experts_UK].tolist()]
+        return float(np.average(visited_U, weights=problem.visits.sets.count_U))
     if problem.prices is None:
         return float(loads(problem, placement).max())
     from moeplan.placers._makespan import value_s

@@ -4,6 +4,7 @@ Local search and the cheap bounds come first: they settle most layers of three o
 Where the wanted gap is not proven, `_exact` goes on:
 
     prices                                    the nodes' programme (`_nodes`)
+    visits                                    `co_activation`
     few variables, free split, or few moves   the whole problem as one programme (`_direct`)
     else                                      limits between bound and value, each refuted or met by a placement
 
@@ -20,7 +21,7 @@ from time import perf_counter
 import numpy as np
 
 from moeplan.domain.placement import PlacedLayer, PlacementProblem
-from moeplan.placers import local_search
+from moeplan.placers import co_activation, local_search
 from moeplan.placers._check import certified
 
 _FEW = 200
@@ -37,6 +38,8 @@ def place(
         from moeplan.placers import _nodes
 
         return _nodes.place(problem, rng=rng, time_limit_s=time_limit_s)
+    if problem.visits is not None:  # the relaxation says nothing: every expert in equal parts everywhere
+        return co_activation.place(problem, rng=rng, time_limit_s=time_limit_s)
     start = perf_counter()
     is_tiny = problem.num_experts * problem.num_gpus <= _FEW
     first = local_search.place(problem, rng=rng, time_limit_s=time_limit_s, gap=max(gap, _LOOSE) if is_tiny else gap)

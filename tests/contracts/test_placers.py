@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeplan import menu
-from moeplan.domain.placement import Floats, LayerPlacement, PlacedLayer, PlacementProblem, Split
+from moeplan.domain.placement import Floats, LayerPlacement, PlacedLayer, PlacementProblem, Split, TokenVisits
+from moeplan.domain.routing import TokenSets
 from moeplan.errors import PlanError
 
-NAMES = menu.names("placers")
+ALL = menu.names("placers")
+NAMES = [name for name in ALL if not getattr(menu.module("placers", name), "NEEDS_SETS", False)]
 NUM_TINY = 300
 SPLITS: tuple[Split, Split] = ("even", "optimal")
 LIMIT_S = 2.0
@@ -169,3 +171,20 @@ def test_what_a_placer_cannot_do_is_an_error_with_a_remedy(name: str, slots: int
     if not can(menu.module("placers", name), problem):
         with pytest.raises(PlanError, match=f"{name}: .*; use "):
             placed(name, problem)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("seed", range(5))
+def test_visits_of_nodes_are_counted_and_bounded_for_every_placer(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids_NK = np.array([rng.choice(8, 3, replace=False) for _ in range(40)])
+    visits = TokenVisits(sets=TokenSets.of(ids_NK), gpus_per_node=2)
+    tokens_E = np.bincount(ids_NK.ravel(), minlength=8)
+    problem = PlacementProblem(tokens_SE=tokens_E, num_gpus=4, slots=8, visits=visits)
+    found = placed(name, problem)
+    gpu_E = found.placement.gpu_R[np.argsort(found.placement.expert_R)]
+    assert found.value == pytest.approx(np.mean([len(set(gpu_E[row] // 2)) for row in ids_NK]))
+    sides = [set(side) for side in itertools.combinations(range(8), 4)]
+    fewest = min(np.mean([len({int(e) in side for e in row}) for row in ids_NK]) for side in sides)
+    assert found.lower_bound <= fewest * (1 + 1e-9)
+    assert found.value >= fewest * (1 - 1e-9)

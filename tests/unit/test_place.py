@@ -153,3 +153,29 @@ def test_what_is_wrong_with_the_command_is_status_2(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["place", "--load", str(tmp_path / "none.npz"), "--gpus", "4"])
     assert found.exit_code == 2
     assert "Traceback" not in found.output
+
+
+def test_tokens_that_choose_together_are_sent_to_few_nodes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    group_N = np.arange(200) % 4
+    ids_NLK = np.array([rng.choice(4, 2, replace=False) * 4 + group for group in group_N])[:, None, :]
+    path = tmp_path / "ids.npz"
+    np.savez(path, ids=ids_NLK)
+    found = mp.place(load=path, gpus=8, gpus_per_node=2, objective="visits")
+    assert found.layers[0].value == 1.0 == found.layers[0].lower_bound
+    assert mp.place(load=path, gpus=8, gpus_per_node=2, objective="visits", placer="block").layers[0].value > 1.5
+
+
+@pytest.mark.parametrize(
+    ("keywords", "says"),
+    [
+        ({"gpus": 8}, "GPUs of a node"),
+        ({"gpus": 8, "gpus_per_node": 3}, "nodes of 3"),
+        ({"gpus": 8, "gpus_per_node": 2, "slots": 20}, "without replicas"),
+        ({"gpus": 8, "gpus_per_node": 2, "objective": "visit"}, "did you mean 'visits'"),
+    ],
+)
+def test_a_wrong_request_for_visits_says_what_helps(keywords: dict[str, Any], says: str) -> None:
+    ids_NLK = np.arange(32).reshape(8, 1, 4) % 16
+    with pytest.raises(mp.PlanError, match=says):
+        mp.place(load=ids_NLK, **({"objective": "visits"} | keywords))
