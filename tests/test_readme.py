@@ -43,6 +43,11 @@ def test_the_two_lines_are_at_the_top() -> None:
     assert re.match(r"python3 -m pip install -e '\.\[test\]' +&& python3 -m pytest( |$)", first[3])
 
 
+@pytest.mark.parametrize("name", menu.names("planners"))
+def test_every_planner_has_its_row(name: str) -> None:
+    assert re.search(rf"^\| `{name}` \|", README, re.MULTILINE)
+
+
 def test_there_are_commands_to_check() -> None:
     assert {words_of(line)[0] for line in COMMANDS} >= {
         "plan",

@@ -17,21 +17,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from heapq import heapify, heapreplace
 from itertools import product
 from math import gcd, log2, prod
 
 import numpy as np
 
 from moeplan.domain.plan import Plan
-from moeplan.domain.result import Evaluated, PlanResult
+from moeplan.domain.result import PlanResult
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import InfeasibleError, PlanError
-from moeplan.partition.footprint import filled_share
-from moeplan.partition.legal import problems
 from moeplan.planners._meshes import mesh_of
 from moeplan.planners._operators import Node, layer_graph
-from moeplan.planners._report import result_of
+from moeplan.planners._published import certified, is_runnable
 from moeplan.planners._search import Progress, Search, no_time
 from moeplan.planners._sharded_layers import Pair, Sharder
 from moeplan.planners._sharding import cheapest_sharding
@@ -41,8 +38,6 @@ from moeplan.planners._stages_dp import Stage, Stages, cut_into_stages
 
 IS_EXACT = False
 _SCHEDULE = "one_f_one_b"
-_LOOKS = 300
-"""Branches of the space that are bounded more closely than the rest."""
 _DEGREES = ("pp", "tp", "cp", "ep", "etp")
 
 
@@ -89,7 +84,9 @@ def plan(
     answer = best_answer(scenario, sharder, tell=tell, is_over=is_over)
     if answer is None:
         raise InfeasibleError(no_time(search))
-    return _certified(search, nearest_plan(search.space, wish_of(scenario, sharder, answer)))
+    chosen = nearest_plan(search.space, wish_of(scenario, sharder, answer))
+    search.simulate(chosen, search.steps.plan_s(chosen))
+    return certified(search, planner="alpa")
 
 
 def _check(scenario: Scenario) -> None:
@@ -100,40 +97,6 @@ def _check(scenario: Scenario) -> None:
     if schedules is not None and _SCHEDULE not in schedules:
         found = f"choose.schedule {', '.join(schedules)}"
         raise PlanError(f"{where}: {found}, but planner 'alpa' runs {_SCHEDULE}; allow it, or use --planner exhaustive")
-
-
-def _certified(search: Search, chosen: Plan) -> PlanResult:
-    """The chosen plan, simulated. No plan of the space is faster than the least bound of all its branches; the plans
-    of a branch whose bound does not rule it out count as unresolved, all of them.
-    """
-    bounds = _bounds_s(search)
-    search.front_s = bounds[0][0]
-    search.simulate(chosen, search.steps.plan_s(chosen))
-    assert search.best is not None
-    others, branches, step_s = search.space.size - 1, search.space.branches, search.best.step_s
-    left = sum(branches[number].size for bound_s, number, _ in bounds if bound_s < step_s)
-    counts = Evaluated(
-        legal=others + 1, infeasible_by_memory=0, bounded_out=max(0, others - left), simulated=1,
-        unresolved=min(others, left),
-    )  # fmt: skip
-    return result_of(search, planner="alpa").model_copy(update={"evaluated": counts})
-
-
-def _bounds_s(search: Search) -> list[tuple[float, int, bool]]:
-    """A bound of each branch, its number, and whether it was looked at closely, the least first.
-
-    The least are looked at until the least of all has been, or the work is done.
-    """
-    coarse, branches = search.coarse, search.space.branches
-    queue = [(float(coarse.bounds.pipeline_s(branch).min()), number, False) for number, branch in enumerate(branches)]
-    heapify(queue)
-    for _ in range(_LOOKS):
-        bound_s, number, is_close = queue[0]
-        if is_close:
-            break
-        closer_s = max(bound_s, float(coarse.branch_s(branches[number]).min()))
-        heapreplace(queue, (closer_s, number, True))
-    return queue
 
 
 # ---- what Alpa says
@@ -283,7 +246,7 @@ def nearest_plan(space: Space, wish: Wish) -> Plan:
         for chosen in _plans(space, branch, wish):
             cut = chosen.model_copy(update={"stages": wish.cut}) if len(wish.cut) == chosen.pp else chosen
             for each in dict.fromkeys((cut, chosen)):
-                if next(problems(each, scenario), None) is None and filled_share(each, scenario) <= 1:
+                if is_runnable(each, scenario):
                     return each
     raise InfeasibleError(f"{scenario.name}: no plan with {_SCHEDULE} fits; use --planner exhaustive, or more GPUs")
 
