@@ -6,7 +6,8 @@ A dish has
 
 `gap`: stop when the plan found is proven within that share of the best (0: proven best; None, without a time limit:
 when proven best or after a fixed amount of work). A planner that makes one plan by its own rules, as published, cannot
-promise that: it says `IS_EXACT = False` and returns its plan with the gap it has.
+promise that: it says `IS_EXACT = False` and returns its plan with the gap it has. `_published.py` has what such
+planners share: the layout that they start from, trials of plans, and the certificate.
 `progress(message, done, total)` is called now and then. Raises
 InfeasibleError if no plan fits, with the constraint that binds and the smallest change that helps.
 
