@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from moeplan.grid import Row, WhatIf, sweep, what_if
     from moeplan.placing import Placing, place
+    from moeplan.replaying import PolicyReplay, Replay, replay
     from moeplan.simulator.noise import Noise
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _HOMES = {
     ),
     "moeplan.grid": ("Row", "WhatIf", "sweep", "what_if"),
     "moeplan.placing": ("Placing", "place"),
+    "moeplan.replaying": ("PolicyReplay", "Replay", "replay"),
     "moeplan.simulator.noise": ("Noise",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -68,6 +70,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanResult",
+    "PolicyReplay",
+    "Replay",
     "Row",
     "Scenario",
     "Simulation",
@@ -81,6 +85,7 @@ __all__ = [
     "network",
     "place",
     "plan",
+    "replay",
     "scenario_from",
     "show",
     "simulate",

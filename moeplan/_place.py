@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeplan._flags import Json, ScenarioName, Settings, scenario_of
+from moeplan._replay import check_flags, run_replay
 
 if TYPE_CHECKING:
     from moeplan.placing import Placing
@@ -25,31 +26,71 @@ def place(
     gpus: Annotated[int | None, typer.Option(help="GPUs of the expert-parallel group.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="Of objective visits, without a scenario.")] = None,
     slots: Annotated[int | None, typer.Option(help="Replicas in all. Default: one of each expert.")] = None,
-    placer: Annotated[str, typer.Option(help="A name of `moeplan list placers`.")] = "ilp",
+    placer: Annotated[
+        str | None, typer.Option(help="A name of `moeplan list placers`. Default: ilp; with a trace local_search.")
+    ] = None,
     objective: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="balance (tokens of the fullest GPU), makespan (seconds; needs a scenario) or visits (nodes that a "
-            "token is sent to; --load holds expert ids by token, layer and pick)."
+            help="balance (the default: tokens of the fullest GPU), makespan (seconds; needs a scenario) or visits "
+            "(nodes that a token is sent to; --load holds expert ids by token, layer and pick)."
         ),
-    ] = "balance",
+    ] = None,
     split: Annotated[str, typer.Option(help="even or optimal: how an expert's tokens go to its replicas.")] = "even",
     now: Annotated[Path | None, typer.Option("--from", help="Where experts stand: what `place --json` wrote.")] = None,
     max_moves: Annotated[int | None, typer.Option(help="The most replicas of a layer that may move.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for a layer.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--routing-trace", help="Place over time, as recorded: counts by step, or expert ids."),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="A name of `moeplan list adaptations`, or all (the default).")
+    ] = None,
+    every: Annotated[int | None, typer.Option(help="Steps from one re-placement to the next.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Place anew where a step costs this share more than promised, as in 0.1.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Past steps that a re-placement looks at. [1]")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="The trace holds expert ids; cut them into steps of so many tokens.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="How many experts the ids name. Default: the largest.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the trace's steps under each policy: .png, .svg or .pdf.")
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Place experts, and replicas of them, on GPUs: how full the fullest is, and how much better it could be."""
+    """Place experts, and replicas of them, on GPUs: how full the fullest is, and how much better it could be.
+
+    With --routing-trace over time: when to place anew, and what each policy loses against an oracle.
+    """
     from moeplan._waiting import waiting
     from moeplan.placing import place as run
 
+    over_time = {
+        "policy": policy, "every": every, "threshold": threshold, "window": window, "batch_tokens": batch_tokens,
+        "experts": experts,
+    }  # fmt: skip
+    flags = {f"--{name.replace('_', '-')}": value for name, value in over_time.items()}
+    check_flags(
+        trace is not None,
+        with_trace={**flags, "--plot": plot},
+        without={"--load": load, "--from": now, "--objective": objective, "--gpus-per-node": gpus_per_node},
+    )
     problem = None if scenario is None else scenario_of(scenario, settings, {})
+    if trace is not None:
+        run_replay(
+            trace, scenario=problem, array=array, gpus=gpus, slots=slots, placer=placer, split=split,
+            max_moves=max_moves, time_limit_s=time_limit, seed=seed, plot=plot, as_json=as_json, **over_time,
+        )  # fmt: skip
+        return
     with waiting("placing") as progress:
         found = run(
             problem, load=load, array=array, gpus=gpus, gpus_per_node=gpus_per_node, slots=slots,
-            placer=placer, objective=objective, split=split,  # type: ignore[arg-type]
+            placer=placer or "ilp", objective=objective or "balance", split=split,  # type: ignore[arg-type]
             now=now, max_moves=max_moves, time_limit_s=time_limit, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:

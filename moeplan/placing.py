@@ -94,17 +94,16 @@ def place(
     stand, of which at most `max_moves` replicas of a layer may move. Raises CatalogueError, PlanError, InfeasibleError.
     """
     given = None if scenario is None else load_scenario(scenario)
-    num_gpus = _gpus(given, gpus)
+    num_gpus = gpus_of(given, gpus)
     ids_NLK = _ids(load, array) if objective == "visits" else None
     counted = _counts_of(given, ids_NLK) if ids_NLK is not None else load
     tokens_LSE, numbers = _tokens(given, counted, array, num_gpus=num_gpus, objective=objective)
     visits_L = _visits(given, ids_NLK, gpus_per_node, num_layers=len(numbers))
-    if time_limit_s <= 0 or not np.isfinite(time_limit_s):
-        raise PlanError(f"time limit: {time_limit_s} s is no time for a layer; use more than 0, such as 10")
+    check_time_limit(time_limit_s)
     num_slots = tokens_LSE.shape[2] if slots is None else slots
-    prices = _prices(given, num_gpus, num_slots) if objective == "makespan" else None
+    prices = prices_of(given, num_gpus, num_slots) if objective == "makespan" else None
     if given is not None:
-        _check_memory(given, -(-num_slots // num_gpus))
+        check_memory(given, -(-num_slots // num_gpus))
     before = _placements(now, num_layers=len(numbers))
     problems = tuple(
         PlacementProblem(
@@ -138,10 +137,17 @@ def _placed(
     return tuple(found)
 
 
+def check_time_limit(time_limit_s: float) -> None:
+    """Raises PlanError for seconds in which no layer can be placed."""
+    if time_limit_s <= 0 or not np.isfinite(time_limit_s):
+        raise PlanError(f"time limit: {time_limit_s} s is no time for a layer; use more than 0, such as 10")
+
+
 # ---- the load
 
 
-def _gpus(scenario: Scenario | None, gpus: int | None) -> int:
+def gpus_of(scenario: Scenario | None, gpus: int | None) -> int:
+    """GPUs of the expert-parallel group: as given, as the scenario fixes, or as many as divide the model's experts."""
     if gpus is not None:
         if gpus < 1:
             raise PlanError(f"gpus: {gpus} GPUs hold nothing; give the size of the expert-parallel group")
@@ -168,7 +174,7 @@ def _tokens(
         found = read_load(fspath(load), array=array)
         tokens_LSE, numbers = found.tokens_TLSE.sum(axis=0), found.layers
     else:
-        counts = _counted(np.asarray(load, np.float64))
+        counts = steps_of(np.asarray(load, np.float64)).sum(axis=0)
         tokens_LSE, numbers = counts, tuple(range(len(counts)))
     if objective not in get_args(Objective):
         raise PlanError(unknown_name("objective", objective, get_args(Objective)))
@@ -176,7 +182,7 @@ def _tokens(
         return tokens_LSE.sum(axis=1, keepdims=True), numbers
     if scenario is None:
         raise PlanError("objective makespan: needs a cluster and a model; give a scenario beside the load")
-    return _by_node(tokens_LSE, num_gpus, scenario.cluster.gpus_per_node), numbers
+    return by_node(tokens_LSE, num_gpus, scenario.cluster.gpus_per_node), numbers
 
 
 def _ids(load: LoadSource | None, array: str | None) -> Ids:
@@ -211,12 +217,12 @@ def _visits(
     return [TokenVisits(sets=TokenSets.of(ids_NLK[:, at]), gpus_per_node=size) for at in range(num_layers)]
 
 
-def _counted(counts: Floats) -> Floats:
+def steps_of(counts: Floats) -> Floats:
+    """[T, L, S, E] of counts by layer and expert, with step and source before where there are several."""
     if counts.ndim not in (2, 3, 4) or 0 in counts.shape:
         allowed = "[layer, expert], [step, layer, expert] or [step, layer, source, expert]"
         raise PlanError(f"load: shape {counts.shape} is not {allowed}; reshape it")
-    by_step = counts if counts.ndim == 4 else counts.reshape(-1, counts.shape[-2], 1, counts.shape[-1])
-    return np.asarray(by_step.sum(axis=0))
+    return counts if counts.ndim == 4 else counts.reshape(-1, counts.shape[-2], 1, counts.shape[-1])
 
 
 def _routed(scenario: Scenario, num_gpus: int) -> tuple[Floats, tuple[int, ...]]:
@@ -233,7 +239,8 @@ def _routed(scenario: Scenario, num_gpus: int) -> tuple[Floats, tuple[int, ...]]
     return np.array(found.tokens_SE_by_layer[: len(moe)]), tuple(moe)
 
 
-def _by_node(tokens_LSE: Floats, num_gpus: int, gpus_per_node: int) -> Floats:
+def by_node(tokens_LSE: Floats, num_gpus: int, gpus_per_node: int) -> Floats:
+    """The same tokens with a source for each node."""
     sources, nodes = tokens_LSE.shape[1], -(-num_gpus // gpus_per_node)
     if num_gpus % gpus_per_node and nodes > 1:
         raise PlanError(f"gpus: {num_gpus} GPUs are not whole nodes of {gpus_per_node}; use {gpus_per_node * nodes}")
@@ -248,18 +255,21 @@ def _by_node(tokens_LSE: Floats, num_gpus: int, gpus_per_node: int) -> Floats:
 # ---- the machine
 
 
-def _prices(scenario: Scenario | None, num_gpus: int, slots: int) -> TokenPrices:
-    """Of one token copy: its experts' kernels, forward (in training also backward), and its way there and back."""
+def prices_of(scenario: Scenario | None, num_gpus: int, slots: int, *, rows: int | None = None) -> TokenPrices:
+    """Of one token copy: its experts' kernels, forward (in training also backward), and its way there and back.
+
+    A replica computes `rows` copies at once: as many as given, or as one sequence on each GPU sends it on average.
+    """
     assert scenario is not None
     cluster, workload, precision = scenario.cluster, scenario.workload, scenario.choices.precision
     experts = next(layer.experts for layer in scenario.model.layers if layer.experts)
-    rows = max(1, workload.query_length * experts.top_k * num_gpus // slots)
+    rows = rows or max(1, workload.query_length * experts.top_k * num_gpus // slots)
     operators = experts.expert_operators(tokens_per_expert=(rows,) * -(-slots // num_gpus))
     passes = [Pass.FORWARD, Pass.BACKWARD] if workload.is_training else [Pass.FORWARD]
     model = CostModel(gpu=cluster.gpu)
     seconds = sum(model.cost(work("experts", operators, each, precision=precision)).seconds for each in passes)
     width = experts.expert_input * DTYPE_BYTES[precision.dispatch]
-    nic, nvlink = _bandwidths(cluster, num_gpus)
+    nic, nvlink = bandwidths(cluster, num_gpus)
     both = 1 + DTYPE_BYTES[precision.combine] / DTYPE_BYTES[precision.dispatch]
     return TokenPrices(
         gpus_per_node=min(cluster.gpus_per_node, num_gpus), compute_s=seconds / (rows * -(-slots // num_gpus)),
@@ -267,7 +277,7 @@ def _prices(scenario: Scenario | None, num_gpus: int, slots: int) -> TokenPrices
     )  # fmt: skip
 
 
-def _bandwidths(cluster: Cluster, num_gpus: int) -> tuple[float, float]:
+def bandwidths(cluster: Cluster, num_gpus: int) -> tuple[float, float]:
     """Bytes/s out of a node through all its NICs, and into a GPU from its node."""
     inside = cluster.path_bandwidth_bytes_per_s([0], [1])[0] if min(cluster.gpus_per_node, num_gpus) > 1 else np.inf
     if num_gpus <= cluster.gpus_per_node:
@@ -278,7 +288,7 @@ def _bandwidths(cluster: Cluster, num_gpus: int) -> tuple[float, float]:
     return float(sum(width_K[link] for link in narrowest)), float(inside)
 
 
-def _check_memory(scenario: Scenario, slots_per_gpu: int) -> None:
+def check_memory(scenario: Scenario, slots_per_gpu: int) -> None:
     """Raises InfeasibleError if the weights of the replicas alone are more than a GPU has: of all layers of a stage,
     and where in training the number of stages is open, of one layer.
     """

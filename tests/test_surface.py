@@ -26,6 +26,10 @@ SIGNATURES = {
         "(scenario=None, *, load=None, array=None, gpus=None, gpus_per_node=None, slots=None, placer='ilp', "
         "objective='balance', split='even', now=None, max_moves=None, time_limit_s=10.0, seed=0, progress=None)"
     ),
+    "replay": (
+        "(trace, *, scenario=None, policy='all', gpus=None, slots=None, array=None, batch_tokens=None, experts=None, "
+        "placer='local_search', split='even', time_limit_s=10.0, seed=0, progress=None, **options)"
+    ),
     "scenario_from": "(*, model, cluster, global_batch, sequence, nodes=None, phase='train', changes={})",
     "show": "(name)",
     "simulate": "(scenario, plan, *, noise=None)",
@@ -33,9 +37,14 @@ SIGNATURES = {
     "sweep": "(scenario, grid, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
     "what_if": "(scenario, changes, *, replan=True, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
 }
+REPLAYED = (
+    "policy", "options", "ratio_TL", "value_TL", "is_replaced_TL", "moves_TL", "migration_s_TL", "oracle",
+)  # fmt: skip
 FIELDS = {
     "Noise": ("jitter", "stragglers", "slowdown", "seed"),
     "Placing": ("placer", "objective", "num_gpus", "slots", "split", "numbers", "problems", "layers"),
+    "PolicyReplay": REPLAYED,
+    "Replay": ("placer", "num_gpus", "slots", "split", "num_steps", "numbers", "unit", "policies"),
     "Row": ("changes", "plan", "result", "error", "step_change"),
     "Scenario": ("name", "cluster", "model", "workload", "routing", "choices", "document"),
     "Simulation": ("scenario", "plan", "timeline", "figures", "noise"),

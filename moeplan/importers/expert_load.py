@@ -5,7 +5,8 @@
 .jsonl: {"layer": 0, "counts": [...]}, with "step" and "source" where there are several.
 .json and .pt: SGLang's {"logical_count": [steps, layers, experts]}, where dense layers are rows of zeros.
 
-And for what counts alone do not tell, which experts each token chose: .npz, expert ids [token, layer, pick].
+And for what counts alone do not tell, which experts each token chose: .npz, expert ids [token, layer, pick];
+they may also be counted in batches of tokens.
 
 Axes: T step, L layer, S source, E expert, N token, K pick.
 """
@@ -72,6 +73,40 @@ def read_ids(source: str | PathLike[str], *, array: str | None = None) -> Ids:
         allowed = "a whole number from 0 to 65535"
         raise refuse(path, "ids", f"{found.min()} or {found.max()}", allowed=allowed, remedy="use the model that chose")
     return found.astype(np.int32)
+
+
+def read_batches(
+    source: str | PathLike[str], *, batch_tokens: int, array: str | None = None, num_experts: int | None = None
+) -> ExpertLoad:
+    """A step for each `batch_tokens` tokens in sequence, of an .npz of expert ids; the last takes those left over.
+
+    Without `num_experts` there are as many as the largest id says. Raises CatalogueError for files as
+    `read_ids` does, for ids out of range, and for a batch that is no part of the file.
+    """
+    path, ids_NLK = Path(source), read_ids(source, array=array)
+    experts = int(ids_NLK.max()) + 1 if num_experts is None else num_experts
+    if ids_NLK.max() >= experts:
+        raise refuse(
+            path, "expert id", ids_NLK.max(), allowed=f"0 to {experts - 1}", remedy="use a trace of this model"
+        )
+    if not 1 <= batch_tokens <= len(ids_NLK):
+        allowed = f"1 to the {len(ids_NLK)} tokens of the file"
+        raise refuse(path, "batch_tokens", batch_tokens, allowed=allowed, remedy="cut it into some batches")
+    if len(ids_NLK) // batch_tokens * ids_NLK.shape[1] * experts * 8 > MAX_BYTES:
+        allowed = f"a table of at most {MAX_BYTES} bytes"
+        raise refuse(path, "experts", experts, allowed=allowed, remedy="number them from 0, or use larger batches")
+    tokens_TLE = _counted(ids_NLK, batch_tokens, experts)
+    return ExpertLoad(tokens_TLSE=tokens_TLE[:, :, None, :], layers=tuple(range(ids_NLK.shape[1])))
+
+
+def _counted(ids_NLK: Ids, batch_tokens: int, num_experts: int) -> Floats:
+    tokens, layers, _ = ids_NLK.shape
+    steps = tokens // batch_tokens
+    step_N = np.minimum(np.arange(tokens) // batch_tokens, steps - 1)
+    row_NL = step_N[:, None] * layers + np.arange(layers)
+    where = row_NL[:, :, None] * num_experts + ids_NLK.astype(np.int64)
+    counts = np.bincount(where.ravel(), minlength=steps * layers * num_experts)
+    return counts.reshape(steps, layers, num_experts).astype(np.float64)
 
 
 def _checked(path: Path, found: npt.NDArray[Any], *, skips_dense: bool) -> ExpertLoad:
