@@ -12,8 +12,11 @@ import typer
 
 from moeplan._flags import Json, ScenarioName, Settings, scenario_of
 from moeplan._replay import check_flags, run_replay
+from moeplan.errors import MoeplanError
 
 if TYPE_CHECKING:
+    from moeplan.domain.plan import Plan
+    from moeplan.domain.scenario import Scenario
     from moeplan.placing import Placing
 
 
@@ -60,6 +63,12 @@ def place(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the trace's steps under each policy: .png, .svg or .pdf.")
     ] = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan", help="For this plan's groups; prints what --json does, with the plan and its placement."
+        ),
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
@@ -78,27 +87,58 @@ def place(
     check_flags(
         trace is not None,
         with_trace={**flags, "--plot": plot},
-        without={"--load": load, "--from": now, "--objective": objective, "--gpus-per-node": gpus_per_node},
+        without={
+            "--load": load,
+            "--from": now,
+            "--objective": objective,
+            "--gpus-per-node": gpus_per_node,
+            "--plan": plan_file,
+        },
     )
-    problem = None if scenario is None else scenario_of(scenario, settings, {})
+    problem, plan = _asked(scenario, plan_file, settings)
     if trace is not None:
         run_replay(
             trace, scenario=problem, array=array, gpus=gpus, slots=slots, placer=placer, split=split,
             max_moves=max_moves, time_limit_s=time_limit, seed=seed, plot=plot, as_json=as_json, **over_time,
         )  # fmt: skip
         return
+    gpus = plan.ep if plan and gpus is None else gpus
     with waiting("placing") as progress:
         found = run(
             problem, load=load, array=array, gpus=gpus, gpus_per_node=gpus_per_node, slots=slots,
             placer=placer or "ilp", objective=objective or "balance", split=split,  # type: ignore[arg-type]
             now=now, max_moves=max_moves, time_limit_s=time_limit, seed=seed, progress=progress,
         )  # fmt: skip
-    if as_json:
+    if as_json or plan:
         from moeplan._screen import print_json
 
-        print_json(found.document())
+        print_json(found.document() | _planned(found, problem, plan))
     else:
         _print(found)
+
+
+def _asked(name: str | None, plan_file: Path | None, settings: list[str] | None) -> tuple[Scenario | None, Plan | None]:
+    """The scenario that is named, or else the one in the plan's file, and the plan."""
+    from moeplan.catalogue import read_plan
+    from moeplan.catalogue.files import read
+
+    plan = None if plan_file is None else read_plan(plan_file)
+    source = name if name is not None or plan_file is None else read(plan_file).data.get("scenario")
+    if source is None and settings:
+        raise MoeplanError(f"--set {settings[0]}: no scenario is given; name one, or leave out --set")
+    return None if source is None else scenario_of(source, settings, {}), plan
+
+
+def _planned(found: Placing, problem: Scenario | None, plan: Plan | None) -> dict[str, Any]:
+    from moeplan.partition.legal import check_plan
+
+    if plan is None:
+        return {}
+    placed = found.into(plan)
+    if problem is not None:
+        check_plan(placed, problem)
+    scenario = {} if problem is None else {"scenario": problem.document}
+    return scenario | {"plan": placed.model_dump(mode="json", by_alias=True)}
 
 
 def _print(found: Placing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import groupby
@@ -80,7 +81,13 @@ def _one_line(text: str) -> str:
 
 def print_json(document: object) -> None:
     """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=2, allow_nan=False)
+    sys.stdout.write(_NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text))
+    sys.stdout.write("\n")
+
+
+_NUMBERS = re.compile(r"\[\n[-+.\deE,\s]*\]")
+"""A list of numbers: one line, as a placement is thousands of them."""
 
 
 def print_result(result: PlanResult, scenario: Scenario) -> None:
@@ -116,7 +123,7 @@ def plan_in_words(plan: Plan, scenario: Scenario) -> list[tuple[str, str]]:
     rows = [
         ("in short", in_short(plan)),
         ("layout", f"{plan.world_size:,} GPUs = pp {plan.pp} x dp {plan.dp} x cp {plan.cp} x tp {plan.tp}"),
-        ("experts", f"ep {plan.ep} x etp {plan.etp}, each held {_times(plan.edp)}")
+        ("experts", f"ep {plan.ep} x etp {plan.etp}, each held {_times(plan.edp)}{_placed(plan)}")
         if scenario.model.moe_layers
         else None,
         ("rank order", f"{plan.rank_order}, the nearest first"),
@@ -130,6 +137,10 @@ def plan_in_words(plan: Plan, scenario: Scenario) -> list[tuple[str, str]]:
     ]
     training = scenario.workload.is_training
     return [row for row in rows if row is not None and (training or row[0] not in ("ZeRO", "recompute"))]
+
+
+def _placed(plan: Plan) -> str:
+    return "" if plan.placement is None else f", placed in {plan.placement.num_slots:,} slots"
 
 
 def _times(count: int) -> str:

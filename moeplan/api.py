@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moeplan import catalogue, menu
 from moeplan.compiler.compile_plan import compile_plan
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.causes import breakdown_s
+from moeplan.domain.placement import ExpertMap
 from moeplan.domain.plan import Plan
 from moeplan.domain.result import Figures, PlanResult
 from moeplan.domain.scenario import Scenario
@@ -21,6 +22,9 @@ from moeplan.errors import MoeplanError, PlanError
 from moeplan.partition.footprint import footprint
 from moeplan.simulator import simulate as simulator
 from moeplan.simulator.noise import Noise
+
+if TYPE_CHECKING:
+    from moeplan.placing import Placing
 
 Progress = Callable[[str, float, float | None], None]
 """Is told a message, how much is done, and of how much in all (None: nobody knows)."""
@@ -37,6 +41,9 @@ class Simulation:
     timeline: Timeline
     figures: Figures
     noise: Noise | None
+
+
+Exported: TypeAlias = "Simulation | Timeline | Plan | PlanResult | Placing"
 
 
 def load(source: Source, changes: Mapping[str, object] = MappingProxyType({})) -> Scenario:
@@ -128,7 +135,7 @@ def _figures(timeline: Timeline, plan: Plan, scenario: Scenario) -> Figures:
 
 
 def export(
-    result: Simulation | Timeline | Plan | PlanResult,
+    result: Exported,
     path: str | PathLike[str],
     *,
     format: str | None = None,  # noqa: A002 - the word that a user looks for
@@ -143,24 +150,35 @@ def export(
     dish = menu.load("exporters", name, "export")
     noun = _noun(dish)
     if (what := _nouns(result).get(noun)) is None:
-        raise MoeplanError(f"format {name!r} exports a {noun}, not a {type(result).__name__}; give it a {noun}")
+        remedy = "simulate a plan with a placement" if noun == "placing" else f"give it a {noun}"
+        raise MoeplanError(f"format {name!r} exports a {noun}, not a {type(result).__name__}; {remedy}")
     dish(what, fspath(path), **options)
 
 
-def _nouns(result: Simulation | Timeline | Plan | PlanResult) -> dict[str, object]:
+def _nouns(result: Exported) -> dict[str, object]:
     """What can be exported of a result, by the name that a dish's first argument has."""
     if isinstance(result, Simulation):
-        return {"timeline": result.timeline, "plan": result.plan, "simulation": result}
+        placing = {} if result.plan.placement is None else {"placing": _expert_map(result)}
+        return {"timeline": result.timeline, "plan": result.plan, "simulation": result, **placing}
+    if expert_map := getattr(result, "expert_map", None):
+        return {"placing": expert_map()}
     if isinstance(result, PlanResult):
         return {"plan": result.plan, "result": result}
     return {"timeline" if isinstance(result, Timeline) else "plan": result}
+
+
+def _expert_map(simulation: Simulation) -> ExpertMap:
+    plan, layers = simulation.plan, simulation.scenario.model.all_layers
+    assert plan.placement is not None
+    numbers = [number for number, layer in enumerate(layers) if layer.is_moe]
+    return ExpertMap.of(plan.placement, numbers=numbers, num_layers=len(layers), num_gpus=plan.ep)
 
 
 def _noun(dish: Callable[..., None]) -> str:
     return next(iter(inspect.signature(dish).parameters))
 
 
-def _format_of(path: str | PathLike[str], result: Simulation | Timeline | Plan | PlanResult) -> str:
+def _format_of(path: str | PathLike[str], result: Exported) -> str:
     nouns, suffixes = _nouns(result), {}
     for name in menu.names("exporters"):
         if _noun(menu.load("exporters", name, "export")) in nouns:

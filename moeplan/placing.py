@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,9 +22,11 @@ from moeplan.compiler.works import work
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.cluster import Cluster
 from moeplan.domain.placement import (
+    ExpertMap,
     Floats,
     LayerPlacement,
     PlacedLayer,
+    Placement,
     PlacementProblem,
     Split,
     TokenPrices,
@@ -58,6 +60,8 @@ class Placing:
     numbers: tuple[int, ...]
     problems: tuple[PlacementProblem, ...]
     layers: tuple[PlacedLayer, ...]
+    num_layers: int
+    """Of the model, dense ones included; without a scenario the last of the load is the model's last."""
 
     def document(self) -> dict[str, Any]:
         """What `place --json` prints, and `now` reads."""
@@ -66,6 +70,26 @@ class Placing:
             "schema": SCHEMA, "placer": self.placer, "objective": self.objective, "gpus": self.num_gpus,
             "slots": self.slots, "split": self.split, "layers": [_document(*row) for row in rows],
         }  # fmt: skip
+
+    @property
+    def placement(self) -> Placement:
+        """What a plan keeps of it: shares are those of the tokens of all sources together."""
+        rows = [
+            replace(placed.placement, share_SR=_share_R(problem, placed.placement))
+            for problem, placed in zip(self.problems, self.layers, strict=True)
+        ]
+        return Placement.of(rows, num_places=self.num_gpus)
+
+    def into(self, plan: Plan) -> Plan:
+        """`plan` with this placement. Raises PlanError where the plan's expert-parallel group is not of these GPUs."""
+        if plan.ep != self.num_gpus:
+            found = f"plan: ep {plan.ep} is not the {self.num_gpus} GPUs that experts are placed on"
+            raise PlanError(f"{found}; place them on {plan.ep}")
+        return plan.model_copy(update={"placement": self.placement})
+
+    def expert_map(self) -> ExpertMap:
+        """What engines load."""
+        return ExpertMap.of(self.placement, numbers=self.numbers, num_layers=self.num_layers, num_gpus=self.num_gpus)
 
 
 def place(
@@ -116,6 +140,7 @@ def place(
     return Placing(
         placer=placer, objective=objective, num_gpus=num_gpus, slots=num_slots, split=split, numbers=numbers,
         problems=problems, layers=placed,
+        num_layers=max(1 + max(numbers), 0 if given is None else len(given.model.all_layers)),
     )  # fmt: skip
 
 
@@ -235,8 +260,8 @@ def _routed(scenario: Scenario, num_gpus: int) -> tuple[Floats, tuple[int, ...]]
     shapes = {table.shape for table in found.tokens_SE_by_layer}
     if len(shapes) > 1:
         raise PlanError(f"{scenario.name}: layers differ in their number of experts; place them one load at a time")
-    moe = [number for number, layer in enumerate(scenario.model.layers) if layer.experts]
-    return np.array(found.tokens_SE_by_layer[: len(moe)]), tuple(moe)
+    moe = [number for number, layer in enumerate(scenario.model.all_layers) if layer.experts]
+    return np.array(found.tokens_SE_by_layer), tuple(moe)
 
 
 def by_node(tokens_LSE: Floats, num_gpus: int, gpus_per_node: int) -> Floats:
@@ -316,16 +341,21 @@ def _document(number: int, problem: PlacementProblem, placed: PlacedLayer) -> di
     least = max(bound for bound, _ in token_bounds(problem)) if name else placed.lower_bound
     other = {"makespan_s" if problem.prices else "visits": placed.value, f"lower_bound{unit}": placed.lower_bound}
     times = other if name else {}
-    weight_SE = problem.tokens_SE / np.maximum(problem.tokens_E, 1e-300)
-    share_R = (weight_SE[:, placed.placement.expert_R] * placed.placement.share_SR).sum(axis=0)
-    idle_R = problem.tokens_E[placed.placement.expert_R] == 0
-    share_R = np.where(idle_R, placed.placement.share_SR.mean(axis=0), share_R)
+    share_R = _share_R(problem, placed.placement)
     rows = zip(placed.placement.expert_R.tolist(), placed.placement.gpu_R.tolist(), share_R.tolist(), strict=True)
     return {
         "layer": number, "max_tokens": most, "lower_bound_tokens": min(least, most), **times, "gap": placed.gap,
         "proof": placed.proof, "seconds": placed.seconds,
         "replicas": [{"expert": expert, "gpu": gpu, "share": share} for expert, gpu, share in rows],
     }  # fmt: skip
+
+
+def _share_R(problem: PlacementProblem, placement: LayerPlacement) -> Floats:
+    """What part of all tokens of its expert each replica gets; the mean of the sources' shares where it has none."""
+    weight_SE = problem.tokens_SE / np.maximum(problem.tokens_E, 1e-300)
+    share_R = (weight_SE[:, placement.expert_R] * placement.share_SR).sum(axis=0)
+    idle_R = problem.tokens_E[placement.expert_R] == 0
+    return np.asarray(np.where(idle_R, placement.share_SR.mean(axis=0), share_R))
 
 
 def _placements(

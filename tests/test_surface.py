@@ -42,7 +42,7 @@ REPLAYED = (
 )  # fmt: skip
 FIELDS = {
     "Noise": ("jitter", "stragglers", "slowdown", "seed"),
-    "Placing": ("placer", "objective", "num_gpus", "slots", "split", "numbers", "problems", "layers"),
+    "Placing": ("placer", "objective", "num_gpus", "slots", "split", "numbers", "problems", "layers", "num_layers"),
     "PolicyReplay": REPLAYED,
     "Replay": ("placer", "num_gpus", "slots", "split", "num_steps", "numbers", "unit", "policies"),
     "Row": ("changes", "plan", "result", "error", "step_change"),

@@ -22,6 +22,7 @@ from moeplan.domain.program import Exchange, Floats, Ints, Pass, Work
 from moeplan.domain.workload import Workload
 from moeplan.partition.ranks import coordinate, groups, ranks_of_stage
 from moeplan.partition.route import Load, Tokens, node_blocks
+from moeplan.partition.slots import ring_GG
 from moeplan.partition.stages import VirtualStage
 from moeplan.partition.weights import Weights
 
@@ -262,6 +263,22 @@ class Parts:
             ("sharding", holders, expert, operation, size_bytes), kind="parameters" if gathers else "gradients",
             operation=operation, algorithm="ring", size_bytes=size_bytes,
             members=lambda: np.concatenate([self._members(holder, *axes) for holder in holders], axis=1),
+        )  # fmt: skip
+
+    def same_experts(self, stage: int, holders: tuple[int, ...], experts: Experts, *, moe: int) -> int | None:
+        """The gradients of experts that stand on several places of a group, summed; None where none do.
+
+        With ZeRO each rank has its part of them left when the replicas of the group have been reduced.
+        """
+        placement, precision = self.plan.placement, self.plan.precision
+        share_GG = None if placement is None else ring_GG(placement, moe, self.plan.ep)
+        if share_GG is None:
+            return None
+        parts = self.replicas(holders, expert=True) if self.plan.zero_expert else 1
+        size = experts.expert_parameters_per_rank(self.plan.etp) * DTYPE_BYTES[precision.gradients] / parts
+        return self._exchange(
+            ("same_experts", stage, moe, size), kind="gradients", operation="all_to_all", algorithm="linear",
+            members=lambda: self._members(stage, "ep"), size_bytes=size, share_GG=share_GG,
         )  # fmt: skip
 
     def replicas(self, holders: tuple[int, ...], *, expert: bool) -> int:

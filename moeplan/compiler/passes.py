@@ -50,7 +50,7 @@ class PartBlocks:
         waits = self._layers_forward(block, stage, weights, waits)
         for layer in stage.prediction:
             waits = block.add(Stream.COMPUTE, parts.prediction(Pass.FORWARD), waits)
-            waits = self.writer.forward(block, layer, waits, moe=self._prediction_moe)
+            waits = self.writer.forward(block, layer, waits, moe=self.prediction_moe)
             waits = block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits)
         if stage.has_head:
             waits = block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits)
@@ -91,7 +91,7 @@ class PartBlocks:
         block.opening.setdefault(block.at_layer, []).extend(block.computing(start))
 
     @property
-    def _prediction_moe(self) -> int:
+    def prediction_moe(self) -> int:
         """Layers of multi-token prediction are routed like the model's last layer with experts."""
         return max(0, sum(layer.is_moe for layer in self.writer.parts.model.all_layers) - 1)
 
@@ -105,7 +105,7 @@ class PartBlocks:
             waits = block.add(Stream.COMPUTE, parts.head(block.passes), waits)
         for layer in stage.prediction[::-1]:
             waits = block.add(Stream.COMPUTE, parts.head(block.passes), waits)
-            waits = self.writer.backward(block, layer, waits, moe=self._prediction_moe)
+            waits = self.writer.backward(block, layer, waits, moe=self.prediction_moe)
             waits = block.add(Stream.COMPUTE, parts.prediction(block.passes), waits)
         ends = block.computing(start)
         waits = self._layers_backward(block, stage, weights, waits)
@@ -143,7 +143,7 @@ class PartBlocks:
             steps += block.add(Stream.COMPUTE, parts.head(which), [ENTRY])
         for layer in stage.prediction:
             steps += block.add(Stream.COMPUTE, parts.prediction(which), [ENTRY])
-            self.writer.weights(block, layer, moe=self._prediction_moe)
+            self.writer.weights(block, layer, moe=self.prediction_moe)
             steps += block.gradients[NO_LAYER]
         if stage.has_embedding:
             # All of its backward pass: nobody waits for the gradient of what goes into the model.

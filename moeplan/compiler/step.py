@@ -6,14 +6,19 @@ before it are still in their backward pass; without, the gradients wait for the 
 come last. ZeRO 0: all-reduce. ZeRO 1: reduce-scatter, and gather of what the optimizer wrote. ZeRO 2: only the gather
 is left to do here. ZeRO 3: neither. With two holders of each virtual stage (DualPipe) all goes in the order of the
 virtual stages, since the two holders meet their chunks in opposite orders.
+
+Where a placement has an expert on several places of a group, the gradients of these replicas are summed once a step,
+behind the reduction over groups. All of them make the same update then, so no weights have to be exchanged for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moeplan.compiler.blocks import NO_LAYER, Block
 from moeplan.compiler.passes import PartBlocks
+from moeplan.domain.feed_forward import Experts
 from moeplan.domain.program import Pass, Stream
 from moeplan.partition.stages import VirtualStage
 from moeplan.partition.weights import Weights, weights_of
@@ -47,7 +52,9 @@ def closing(blocks: PartBlocks, chunks: list[int]) -> StepBlock:
             for expert, zero in ((False, parts.plan.zero_dense), (True, parts.plan.zero_expert)):
                 operation = {0: "all_reduce", 1: "reduce_scatter"}.get(zero)
                 if operation:
-                    _add(found, blocks, chunk, stage, weights, expert=expert, operation=operation)
+                    _add(found, chunk, weights, parts.sharding(stage, weights, expert=expert, operation=operation))
+            for experts, moe in _experts_of(stage, weights.layer, blocks.prediction_moe):
+                _add(found, chunk, weights, parts.same_experts(blocks.writer.stage, stage.holders, experts, moe=moe))
     update = found.block.add(
         Stream.COMPUTE, parts.optimizer(optimizer_share(blocks)), list(range(len(found.block.unit)))
     )
@@ -68,6 +75,15 @@ def _as_ready(stage: VirtualStage, weights: list[Weights]) -> list[Weights]:
     return layers + ends if stage.has_embedding else ends + layers
 
 
+def _experts_of(stage: VirtualStage, layer: int, prediction_moe: int) -> Iterator[tuple[Experts, int]]:
+    """The experts of a layer, or of all that predict further tokens, each with its number among layers with experts."""
+    if layer == NO_LAYER:
+        found = [(each, prediction_moe) for each in stage.prediction]
+    else:
+        found = [(stage.layers[layer - stage.first_layer], stage.moe[layer - stage.first_layer])]
+    yield from ((each.experts, moe) for each, moe in found if each.experts)
+
+
 def optimizer_share(blocks: PartBlocks) -> float:
     """Weights that this rank updates: all it holds, divided by their replicas where optimizer state is sharded."""
     parts, total = blocks.writer.parts, 0.0
@@ -80,22 +96,16 @@ def optimizer_share(blocks: PartBlocks) -> float:
 
 
 def _gather(found: StepBlock, blocks: PartBlocks, chunks: list[int]) -> None:
-    plan = blocks.writer.parts.plan
+    parts = blocks.writer.parts
     for chunk in chunks:
         stage = blocks.stage_of(chunk)
-        for weights in sorted(
-            weights_of(stage, blocks.writer.parts.model, blocks.writer.parts.plan), key=lambda each: each.layer
-        ):
-            for expert, zero in ((False, plan.zero_dense), (True, plan.zero_expert)):
+        for weights in sorted(weights_of(stage, parts.model, parts.plan), key=lambda each: each.layer):
+            for expert, zero in ((False, parts.plan.zero_dense), (True, parts.plan.zero_expert)):
                 if zero in (1, 2):
-                    _add(found, blocks, chunk, stage, weights, expert=expert, operation="all_gather")
+                    _add(found, chunk, weights, parts.sharding(stage, weights, expert=expert, operation="all_gather"))
 
 
-def _add(
-    found: StepBlock, blocks: PartBlocks, chunk: int, stage: VirtualStage, weights: Weights, *, expert: bool,
-    operation: str,
-) -> None:  # fmt: skip
-    unit = blocks.writer.parts.sharding(stage, weights, expert=expert, operation=operation)
+def _add(found: StepBlock, chunk: int, weights: Weights, unit: int | None) -> None:
     found.block.at_layer = weights.layer
     for step in found.block.add(Stream.SHARD, unit, []):
         found.for_layer[step] = (chunk, weights.layer)

@@ -6,12 +6,16 @@ sources are alike, else a row for each node).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, model_validator
 
+from moeplan.domain._frozen import Frozen
 from moeplan.domain.routing import TokenSets
 from moeplan.errors import PlanError
 
@@ -170,3 +174,115 @@ class PlacedLayer:
     def gap(self) -> float:
         """How far above the bound the value is: value / lower_bound - 1, 0 where proven best."""
         return max(0.0, self.value / self.lower_bound - 1) if self.lower_bound > 0 else float("inf")
+
+
+EMPTY = -1
+"""The expert of a slot that holds none."""
+
+_Row = Annotated[tuple[Annotated[int, Field(ge=EMPTY, le=10**6)], ...], Field(min_length=1, strict=False)]
+_Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False)]
+
+
+class Placement(Frozen):
+    """The expert in each slot of an expert-parallel group, layer by layer: what a plan says of where experts stand.
+
+    `experts[l][s]` stands in slot s of the l-th layer with experts (layers of multi-token prediction are like the last
+    of them), on place s // (slots / ep); -1 is an empty slot. `shares[l][s]` is what part of its expert's tokens the
+    slot gets; None: replicas of an expert get the same. It is hashed once, for plans are keys of caches.
+    """
+
+    experts: Annotated[tuple[_Row, ...], Field(min_length=1, strict=False)]
+    shares: Annotated[tuple[_Shares, ...], Field(strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> Placement:
+        lengths = sorted({len(row) for row in self.experts})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"experts: layers have {lengths[0]} to {lengths[-1]} slots; fill up with -1, an empty slot"
+            )
+        if self.shares is None:
+            return self
+        if [len(row) for row in self.shares] != [len(row) for row in self.experts]:
+            raise ValueError("shares: they are not a number for each slot; give as many as experts, or leave them out")
+        for layer, (row, shares) in enumerate(zip(self.experts, self.shares, strict=True)):
+            sums = np.bincount(np.array(row) + 1, weights=shares)
+            wanted = np.bincount(np.array(row) + 1) > 0
+            wanted[0] = False
+            if np.abs(sums - wanted).max() > _SLACK:
+                raise ValueError(f"shares: of an expert of layer {layer} they do not sum to 1 (0 if empty); scale them")
+        return self
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.experts, self.shares))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def num_slots(self) -> int:
+        """Of each layer, empty ones included."""
+        return len(self.experts[0])
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether each expert stands once, in the order of its number: as without a placement."""
+        return all(row == tuple(range(self.num_slots)) for row in self.experts)
+
+    def share_C(self, layer: int) -> Floats:
+        """What part of its expert's tokens each slot of a layer gets; 0 if empty."""
+        if self.shares is not None:
+            return np.array(self.shares[layer])
+        expert_C = np.array(self.experts[layer])
+        return np.where(expert_C == EMPTY, 0.0, 1.0 / np.bincount(expert_C + 1)[expert_C + 1])
+
+    def layer(self, layer: int, *, num_places: int) -> LayerPlacement:
+        """One layer, as placers know it."""
+        expert_C, place_C = np.array(self.experts[layer]), np.arange(self.num_slots) * num_places // self.num_slots
+        full_C = expert_C != EMPTY
+        return LayerPlacement(
+            expert_R=expert_C[full_C], gpu_R=place_C[full_C], share_SR=self.share_C(layer)[None, full_C]
+        )
+
+    @staticmethod
+    def of(layers: Sequence[LayerPlacement], *, num_places: int) -> Placement:
+        """What placers found, in as many slots as the fullest place of a layer needs.
+
+        A plan has no shares for each source: they are averaged over sources.
+        """
+        width = max(int(np.bincount(each.gpu_R).max()) for each in layers)
+        table_LC = np.full((len(layers), num_places * width), EMPTY)
+        share_LC = np.zeros(table_LC.shape)
+        for row_C, share_C, each in zip(table_LC, share_LC, layers, strict=True):
+            by_place = np.argsort(each.gpu_R, kind="stable")
+            place_R = each.gpu_R[by_place]
+            slot_R = place_R * width + np.arange(place_R.size) - np.searchsorted(place_R, place_R)
+            row_C[slot_R], share_C[slot_R] = each.expert_R[by_place], each.share_SR.mean(axis=0)[by_place]
+        even = Placement(experts=tuple(map(tuple, table_LC.tolist())))
+        if all(np.allclose(row, even.share_C(at), rtol=0, atol=_SLACK) for at, row in enumerate(share_LC)):
+            return even
+        return Placement(experts=even.experts, shares=tuple(map(tuple, share_LC.tolist())))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertMap:
+    """The expert in each slot of every layer of a model, as engines load it; None for a layer without experts."""
+
+    num_gpus: int
+    num_experts: int
+    rows: tuple[tuple[int, ...] | None, ...]
+
+    @staticmethod
+    def of(placement: Placement, *, numbers: Sequence[int], num_layers: int, num_gpus: int) -> ExpertMap:
+        """Of a placement whose l-th layer is number `numbers[l]` of `num_layers`."""
+        rows = dict(zip(numbers, placement.experts, strict=True))
+        return ExpertMap(
+            num_gpus=num_gpus, num_experts=1 + max(map(max, placement.experts)),
+            rows=tuple(rows.get(number) for number in range(num_layers)),
+        )  # fmt: skip
+
+    @property
+    def num_slots(self) -> int:
+        """Of each layer with experts."""
+        return next(len(row) for row in self.rows if row is not None)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from moeplan.domain._frozen import Frozen
+from moeplan.domain.placement import Placement
 
 Degree = Annotated[int, Field(ge=1, le=10**7)]
 ZeroStage = Annotated[int, Field(ge=0, le=3)]
@@ -100,6 +101,8 @@ class Plan(Frozen):
     overlap_gradients: bool = True
     """Reduce gradients beside the backward pass and gather parameters beside the forward pass, layer by layer."""
     precision: Precision = Precision()
+    placement: Placement | None = None
+    """Where experts stand; None: each once, in equal blocks over the places of a group."""
 
     @property
     def world_size(self) -> int:

@@ -7,12 +7,15 @@ of experts, K choice of a token.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.domain.plan import CapacityRule
 from moeplan.errors import CatalogueError, PlanError
+
+if TYPE_CHECKING:  # a plan has placements, and those are made from recorded tokens
+    from moeplan.domain.plan import CapacityRule
 
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 Shares = npt.NDArray[np.float64]

@@ -36,6 +36,7 @@ from moeplan.partition.stages import VirtualStage, pipeline
 from moeplan.partition.weights import weights_of
 from moeplan.units import show
 
+_WEIGHTS = ("tp", "ep", "etp", "placement")
 _STAGES = ("dp", "pp", "vpp", "stages", "schedule")
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "logits", "cache")
 
@@ -53,9 +54,7 @@ def footprint(plan: Plan, scenario: Scenario) -> tuple[StageMemory, ...]:
 
 def states(plan: Plan, scenario: Scenario) -> Memory:
     """Weights, gradients and optimizer of each pipeline rank, and what ZeRO gathers of them (in `buffers_P`)."""
-    return _states(
-        asked_of(plan, scenario, "ep", "etp", "tp", "cp", "zero_dense", "zero_expert", "precision", *_STAGES)
-    )
+    return _states(asked_of(plan, scenario, *_WEIGHTS, "cp", "zero_dense", "zero_expert", "precision", *_STAGES))
 
 
 def held(plan: Plan, scenario: Scenario) -> Memory:
@@ -128,7 +127,7 @@ def _weight_rows(asked: Asked, num_stages: int) -> tuple[Floats, Floats]:
 def _states(asked: Asked) -> Memory:
     plan, training = asked.plan, asked.scenario.workload.is_training
     copies = menu.load("schedules", plan.schedule, "COPIES") if training else 1
-    rows = _weight_rows(asked.only("tp", "ep", "etp"), len(plan.stages))
+    rows = _weight_rows(asked.only(*_WEIGHTS), len(plan.stages))
     kinds = (
         _kind_states(rows[0], plan, replicas=plan.dp * plan.cp * copies, zero=plan.zero_dense, training=training),
         _kind_states(rows[1], plan, replicas=plan.edp * copies, zero=plan.zero_expert, training=training),

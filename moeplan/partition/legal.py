@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from moeplan import menu
+from moeplan.domain.feed_forward import Experts
+from moeplan.domain.placement import EMPTY, Placement
 from moeplan.domain.plan import Plan
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import PlanError
@@ -54,15 +56,46 @@ def _model_problems(plan: Plan, scenario: Scenario) -> Iterator[str]:
     if workload.query_length % plan.cp:
         yield f"cp {plan.cp} does not divide the sequence of {workload.query_length} tokens"
     for experts in dict.fromkeys(layer.experts for layer in model.all_layers if layer.experts):
-        if experts.num_experts % plan.ep:
+        if plan.placement is None and experts.num_experts % plan.ep:
             yield f"ep {plan.ep} does not divide {experts.num_experts} experts"
         if experts.width % plan.etp:
             yield f"etp {plan.etp} does not divide the expert width {experts.width}"
+    if plan.placement is not None:
+        found = [layer.experts for layer in model.all_layers if layer.experts]
+        yield from _placement_problems(plan.placement, found, plan.ep)
     try:
         for layer in dict.fromkeys(model.all_layers):
             layer.dense_parameters_per_rank(plan.tp)
     except PlanError as error:
         yield str(error)
+
+
+def _placement_problems(placement: Placement, layers: list[Experts], ep: int) -> Iterator[str]:
+    if ep == 1:
+        yield "placement has no effect without expert parallelism; leave it out, or use a plan with ep 2 or more"
+    elif len(placement.experts) != len(layers):
+        found = f"placement.experts: {len(placement.experts)} layers, but the model has {len(layers)} with experts"
+        yield f"{found}; give a row for each, or place the experts of this model"
+    elif placement.num_slots % ep:
+        yield f"placement.experts: ep {ep} does not divide {placement.num_slots} slots; fill up with -1, an empty slot"
+    else:
+        for number, (row, experts) in enumerate(zip(placement.experts, layers, strict=True)):
+            yield from _row_problems(row, experts.num_experts, ep, where=f"placement.experts[{number}]")
+
+
+def _row_problems(row: tuple[int, ...], num_experts: int, ep: int, *, where: str) -> Iterator[str]:
+    wrong, missing = sorted(set(row) - set(range(EMPTY, num_experts))), set(range(num_experts)) - set(row)
+    if wrong:
+        yield f"{where}: expert {wrong[0]} is not one of 0 to {num_experts - 1}; use those, or -1 for an empty slot"
+    if missing:
+        yield f"{where}: expert {min(missing)} stands nowhere; give each of {num_experts} experts a slot"
+    per_place = len(row) // ep
+    for place in range(ep):
+        held = [expert for expert in row[place * per_place : (place + 1) * per_place] if expert != EMPTY]
+        if len(set(held)) < len(held):
+            twice = next(expert for expert in held if held.count(expert) > 1)
+            yield f"{where}: expert {twice} stands twice on place {place}; move one of them to another place"
+            return
 
 
 def _schedule_problems(plan: Plan, scenario: Scenario) -> Iterator[str]:

@@ -22,7 +22,7 @@ from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Load, Tokens, load_of
 from moeplan.partition.stages import pipeline
 
-TOKENS = ("tp", "cp", "ep", "etp", "micro_batch", "precision", "capacity")
+TOKENS = ("tp", "cp", "ep", "etp", "micro_batch", "precision", "capacity", "placement")
 """The fields of a plan that one micro-batch depends on."""
 
 

@@ -35,9 +35,15 @@ ANYWHERE = Limit()
 
 
 def reach_LSB(routing: Routing, block_E: Ints, limit: Limit = ANYWHERE) -> Floats:
-    """(L, S, B) tokens of each source with a choice in each block that travels; experts of block -1 are in none.
+    """(L, S, B) tokens of each source with a choice in each block that travels; experts of block -1 are in none."""
+    return reach_of_parts(routing, (block_E == np.arange(int(block_E.max()) + 1)[:, None]).astype(np.float64), limit)
 
-    max over e of kept[e] <= reach <= min(tokens, sum over e of kept[e]), e in the block. A choice that was dropped does
+
+def reach_of_parts(routing: Routing, part_BE: Floats, limit: Limit = ANYWHERE) -> Floats:
+    """The same where block b has replicas of expert e that get a part of its tokens, as likely any token as another,
+    whatever else the token chose.
+
+    max over e of part[e] kept[e] <= reach <= min(tokens, sum over e of part[e] kept[e]). A choice that was dropped does
     not count, as likely for one token as for another; an empty place that travels along is a parcel of its own.
     """
     nothing_LSE = np.zeros(routing.tokens_LSE.shape)
@@ -46,27 +52,31 @@ def reach_LSB(routing: Routing, block_E: Ints, limit: Limit = ANYWHERE) -> Float
     kept_LSE = routing.tokens_LSE - padded_LSE
     chosen_LSE = kept_LSE + dropped_LSE
     lost_LSE = np.divide(dropped_LSE, chosen_LSE, out=np.zeros_like(nothing_LSE), where=chosen_LSE > 0)
-    in_BE = block_E == np.arange(int(block_E.max()) + 1)[:, None]
     if routing.sets_LS is not None:
-        missed_LSB = _missed_by_sets(routing.sets_LS, lost_LSE, in_BE)
+        missed_LSB = _missed_by_sets(routing.sets_LS, lost_LSE, part_BE)
     else:
         chance_LSE = chosen_LSE / max(routing.tokens_per_source, 1)
-        missed_LSB = _missed_by_law(chance_LSE, lost_LSE, in_BE, routing.top_k, limit)
-    least_LSB = np.stack([np.where(in_E, kept_LSE, 0.0).max(axis=2) for in_E in in_BE], axis=2)
-    most_LSB = np.minimum(kept_LSE @ in_BE.T, routing.tokens_per_source)
+        missed_LSB = _missed_by_law(chance_LSE, lost_LSE, part_BE, routing.top_k, limit)
+    least_LSB = np.stack([(part_E * kept_LSE).max(axis=2) for part_E in part_BE], axis=2)
+    most_LSB = np.minimum(kept_LSE @ part_BE.T, routing.tokens_per_source)
     reach_LSB = np.clip(routing.tokens_per_source * (1.0 - missed_LSB), least_LSB, most_LSB)
-    return np.asarray(reach_LSB + padded_LSE @ in_BE.T)
+    return np.asarray(reach_LSB + padded_LSE @ part_BE.T)
 
 
-def _missed_by_sets(sets_LS: tuple[tuple[TokenSets, ...], ...], lost_LSE: Floats, in_BE: Flags) -> Floats:
+def _not_there(part_E: Floats, lost_E: Floats) -> Floats:
+    """Chance that a choice of each expert is none in a block: it was dropped, or went to a replica elsewhere."""
+    return np.asarray(lost_E * part_E + (1.0 - part_E))
+
+
+def _missed_by_sets(sets_LS: tuple[tuple[TokenSets, ...], ...], lost_LSE: Floats, part_BE: Floats) -> Floats:
     """(L, S, B) part of the recorded tokens without a choice left in each block."""
-    missed_LSB = np.empty((*lost_LSE.shape[:2], len(in_BE)))
+    missed_LSB = np.empty((*lost_LSE.shape[:2], len(part_BE)))
     known: dict[tuple[int, bytes], Floats] = {}
     for layer, source in np.ndindex(lost_LSE.shape[:2]):
         sets, lost_E = sets_LS[layer][source % len(sets_LS[layer])], lost_LSE[layer, source]
         key = (id(sets), lost_E.tobytes())
         if key not in known:
-            known[key] = np.array([_missed_by(sets, np.where(in_E, lost_E, 1.0)) for in_E in in_BE])
+            known[key] = np.array([_missed_by(sets, _not_there(part_E, lost_E)) for part_E in part_BE])
         missed_LSB[layer, source] = known[key]
     return missed_LSB
 
@@ -77,8 +87,8 @@ def _missed_by(sets: TokenSets, left_E: Floats) -> float:
     return float(left_U @ sets.count_U / max(int(sets.count_U.sum()), 1))
 
 
-def _missed_by_law(chance_LSE: Floats, lost_LSE: Floats, in_BE: Flags, top_k: int, limit: Limit) -> Floats:
-    """(L, S, B) chance that a token has no choice left in each block: Z(weights, the block's times what is lost) / Z.
+def _missed_by_law(chance_LSE: Floats, lost_LSE: Floats, part_BE: Floats, top_k: int, limit: Limit) -> Floats:
+    """(L, S, B) chance that a token has no choice left in each block: Z(weights times the chance of none there) / Z.
 
     Z(weights) is the sum over the sets of experts that a token may choose of the product of their weights.
     """
@@ -86,22 +96,22 @@ def _missed_by_law(chance_LSE: Floats, lost_LSE: Floats, in_BE: Flags, top_k: in
     rows, back = np.unique(rows, axis=0, return_inverse=True)
     look = _looked_up if len(rows) == 1 else _looked_for
     found = np.concatenate(
-        [look(np.round(part, 12).tobytes(), in_BE.tobytes(), len(in_BE), top_k, limit) for part in _cut(rows)]
+        [look(np.round(part, 12).tobytes(), part_BE.tobytes(), len(part_BE), top_k, limit) for part in _cut(rows)]
     )
-    return found[back.ravel()].reshape(*chance_LSE.shape[:2], len(in_BE))
+    return found[back.ravel()].reshape(*chance_LSE.shape[:2], len(part_BE))
 
 
 def _looked_for(rows: bytes, blocks: bytes, num_blocks: int, top_k: int, limit: Limit) -> Floats:
     """(R, B) of rows of chances and of what is lost."""
-    in_BE = np.frombuffer(blocks, bool).reshape(num_blocks, -1)
-    chance_RE, lost_RE = np.split(np.frombuffer(rows).reshape(-1, 2 * in_BE.shape[1]), 2, axis=1)
+    part_BE = np.frombuffer(blocks).reshape(num_blocks, -1)
+    chance_RE, lost_RE = np.split(np.frombuffer(rows).reshape(-1, 2 * part_BE.shape[1]), 2, axis=1)
     weight_RE, fits_R = _weights(chance_RE, top_k, limit)
     found_RB = np.empty((len(chance_RE), num_blocks))
     for rows_R, within in ((fits_R, limit), (~fits_R, ANYWHERE)):
         if not rows_R.any():
             continue
         weight, lost = weight_RE[rows_R], lost_RE[rows_R]
-        left = [_total(np.where(in_E, weight * lost, weight), top_k, within) for in_E in in_BE]
+        left = [_total(weight * _not_there(part_E, lost), top_k, within) for part_E in part_BE]
         found_RB[rows_R] = np.stack(left, axis=1) / _total(weight, top_k, within)[:, None]
     return found_RB
 

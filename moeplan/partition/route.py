@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from moeplan import menu
 from moeplan.domain.model import Model
+from moeplan.domain.placement import Placement
 from moeplan.domain.plan import CapacityRule, Plan
 from moeplan.domain.program import Floats, Ints
 from moeplan.domain.routing import Routing, apply_capacity
 from moeplan.domain.scenario import RoutingLaw, Scenario
 from moeplan.domain.workload import Workload
-from moeplan.partition.reach import ANYWHERE, Limit, reach_LSB
+from moeplan.partition.reach import ANYWHERE, Limit, reach_LSB, reach_of_parts
+from moeplan.partition.slots import part_of_blocks, tokens_of_slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,7 @@ class Chosen:
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Load:
     """Tokens of one micro-batch by source and expert for every layer with experts, experts in equal blocks over the
-    places.
+    places. With a placement its slots stand where experts stand here.
     """
 
     tokens_SE_by_layer: tuple[Floats, ...]
@@ -71,6 +73,7 @@ class Load:
     """In each layer every source sends every expert the same, so all places are alike."""
     chosen: tuple[Chosen, ...] = ()
     """By layer; of an even load one source stands for all."""
+    placement: Placement | None = None
 
     def rows(self, moe: int, place: int, *, part: int, parts: int) -> tuple[int, ...]:
         """Tokens for each expert of a place, whole numbers, in one of `parts` parts."""
@@ -96,13 +99,17 @@ class Load:
         """reach_GB: what part of what a source sends on average there is for block b of places, each token once.
 
         Block b is the places of number b in `block_G`. With one choice for each token this is the sum of the shares.
-        None where nothing is sent.
+        A token draws the replica of each of its experts by their shares, and not by where its others are. None where
+        nothing is sent.
         """
         chosen, mean = self.chosen[moe], self.traffic(moe)[0]
         if mean == 0:
             return None
-        found_LSB = _reach_LSB(chosen.routing, block_G, chosen.num_experts, chosen.limit)
-        return np.broadcast_to(found_LSB[chosen.layer] / mean, (self.num_places, found_LSB.shape[2]))
+        if self.placement is None:
+            found_SB = _reach_LSB(chosen.routing, block_G, chosen.num_experts, chosen.limit)[chosen.layer]
+        else:
+            found_SB = _placed_reach_SB(chosen, self.placement, moe, block_G)
+        return np.broadcast_to(found_SB / mean, (self.num_places, found_SB.shape[1]))
 
 
 @lru_cache(maxsize=16)
@@ -110,6 +117,20 @@ def _reach_LSB(routing: Routing, block_G: tuple[int, ...], num_experts: int, lim
     block_E = np.full(routing.num_experts, -1)
     block_E[:num_experts] = np.repeat(block_G, num_experts // len(block_G))
     return reach_LSB(routing, block_E, limit)
+
+
+@lru_cache(maxsize=256)
+def _placed_reach_SB(chosen: Chosen, placement: Placement, moe: int, block_G: tuple[int, ...]) -> Floats:
+    routing, at = chosen.routing, slice(chosen.layer, chosen.layer + 1)
+    one = replace(
+        routing,
+        tokens_LSE=routing.tokens_LSE[at],
+        dropped_LSE=None if routing.dropped_LSE is None else routing.dropped_LSE[at],
+        padded_LSE=None if routing.padded_LSE is None else routing.padded_LSE[at],
+        sets_LS=None if routing.sets_LS is None else routing.sets_LS[at],
+    )
+    part_BE = part_of_blocks(placement, moe, block_G, num_experts=routing.num_experts)
+    return np.asarray(reach_of_parts(one, part_BE, chosen.limit)[0])
 
 
 def node_blocks(groups_NG: Ints, gpus_per_node: int) -> tuple[int, ...] | None:
@@ -125,12 +146,28 @@ def load_of(scenario: Scenario, plan: Plan, *, rank_tokens: int) -> Load | None:
     """The load of one micro-batch, after the plan's capacity rule; None for a model without experts.
 
     `rank_tokens` are the tokens of one rank. With expert tensor parallelism a source is the `etp` ranks of a place
-    together.
+    together. Capacity is that of an expert, all its replicas together.
     """
     if scenario.routing is None:
         return None
     capacity = (plan.capacity.rule, plan.capacity.factor)
-    return _load(_LayerKinds(scenario.model), scenario.routing, plan.ep, rank_tokens * plan.etp, capacity)
+    load = _load(_LayerKinds(scenario.model), scenario.routing, plan.ep, rank_tokens * plan.etp, capacity)
+    if plan.placement is None or plan.placement.is_in_order:
+        return load
+    return _placed(load, plan.placement)
+
+
+@lru_cache(maxsize=16)
+def _placed(load: Load, placement: Placement) -> Load:
+    tables = tuple(tokens_of_slots(table, placement, moe) for moe, table in enumerate(load.tokens_SE_by_layer))
+    is_even, tables = _evened(tables)
+    return replace(load, tokens_SE_by_layer=tables, is_even=is_even, placement=placement)
+
+
+def _evened(tables: tuple[Floats, ...]) -> tuple[bool, tuple[Floats, ...]]:
+    """Whether all sources send all columns the same; one number then stands for a whole table, which may be large."""
+    is_even = all(bool((table == table[0, 0]).all()) for table in tables)
+    return is_even, tuple(np.broadcast_to(table[0, 0], table.shape) for table in tables) if is_even else tables
 
 
 class _LayerKinds:
@@ -167,10 +204,8 @@ def _load(
         for at, moe in enumerate(layers):  # where groups of experts stand beside experts that do nothing is not known
             within = ANYWHERE if zero_experts else limit
             chosen[moe] = Chosen(routing=routing, layer=at, num_experts=num_experts, limit=within)
-    tables = tuple(by_layer[moe] for moe in range(len(kinds.shapes)))
-    is_even = all(bool((table == table[0, 0]).all()) for table in tables)
-    if is_even:  # one number stands for a whole table, which may be 256 x 256 for each of 58 layers
-        tables = tuple(np.broadcast_to(table[0, 0], table.shape) for table in tables)
+    is_even, tables = _evened(tuple(by_layer[moe] for moe in range(len(kinds.shapes))))
+    if is_even:
         averages = {each.routing: _averaged(each) for each in chosen.values()}
         chosen = {moe: averages[each.routing] for moe, each in chosen.items()}
     in_order = tuple(chosen[moe] for moe in range(len(tables)))

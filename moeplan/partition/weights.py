@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moeplan.domain.model import Layer, Model
 from moeplan.domain.plan import Plan
+from moeplan.partition.slots import slots_per_place
 from moeplan.partition.stages import VirtualStage
 
 _ENDS = -1
@@ -49,7 +50,7 @@ def weights_of(stage: VirtualStage, model: Model, plan: Plan) -> Iterable[Weight
 def _expert_weights(layer: Layer, plan: Plan) -> int:
     if layer.experts is None:
         return 0
-    return layer.experts.num_experts // plan.ep * layer.experts.expert_parameters_per_rank(plan.etp)
+    return slots_per_place(layer.experts.num_experts, plan) * layer.experts.expert_parameters_per_rank(plan.etp)
 
 
 def zero_stages(plan: Plan, *, at_least: int) -> list[bool]:

@@ -21,6 +21,7 @@ import numpy as np
 from moeplan import menu
 from moeplan.cost.cost_model import Shares
 from moeplan.domain.model import Layer
+from moeplan.domain.placement import Placement
 from moeplan.domain.program import Floats
 from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Load
@@ -42,6 +43,8 @@ class Bounds:
     scenario: Scenario
     coarse: bool = False
     """Price uneven routing as if it were even, and no higher than that can cost: fast, and still a bound."""
+    placement: Placement | None = None
+    """Of all plans that are asked for. The sum of the gradients of an expert's replicas is left out."""
     prices: Prices = field(init=False)
     _chains: dict[tuple[object, ...], Chains] = field(default_factory=dict)
     _of_branch: dict[int, tuple[Branch, Chains]] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class Bounds:
     _shapes: dict[tuple[object, ...], Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.prices = Prices(self.scenario, coarse=self.coarse)
+        self.prices = Prices(self.scenario, coarse=self.coarse, placement=self.placement)
 
     @cached_property
     def _shares(self) -> Shares:

@@ -15,6 +15,7 @@ from moeplan import menu
 from moeplan.compiler.parts import Parts
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.model import Layer
+from moeplan.domain.placement import Placement
 from moeplan.domain.plan import DTYPE_BYTES, Capacity, Plan
 from moeplan.domain.program import Exchange, Floats, Pass, Work
 from moeplan.domain.scenario import Scenario
@@ -42,6 +43,7 @@ class Prices:
 
     scenario: Scenario
     coarse: bool = False
+    placement: Placement | None = None
     cache: dict[tuple[object, ...], object] = field(default_factory=dict)
 
     @cached_property
@@ -57,6 +59,8 @@ class Prices:
         """
         if self.scenario.routing is None or self.coarse:
             return True
+        if self.placement is not None:
+            return False
         experts = min(layer.experts.num_experts for layer in self.scenario.model.all_layers if layer.experts)
         capacity = self.scenario.choices.capacity
         kept = Capacity() if capacity.rule == "drop" else capacity
@@ -159,7 +163,8 @@ class Prices:
         """The routing of one micro-batch over `ep` places."""
         key = ("load", ep, etp, tp, cp, micro_batch)
         if key not in self.cache:
-            plan = self._plan(ep=ep, etp=etp, tp=tp, cp=cp, micro_batch=micro_batch)
+            degrees = {"ep": ep, "etp": etp, "tp": tp, "cp": cp, "micro_batch": micro_batch}
+            plan = self._plan(**degrees, placement=self.placement)
             tokens = Tokens.of(plan, self.scenario.workload).rank
             load = load_of(self.scenario, plan, rank_tokens=tokens)
             self.cache[key] = (plan, self._evened(load) if load and self.coarse else load)

@@ -141,7 +141,7 @@ class StepBounds:
             scenario = self.bounds.scenario
             plan = Plan(
                 dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
-                stages=layout.stages, schedule=layout.schedule,
+                stages=layout.stages, schedule=layout.schedule, placement=self.bounds.placement,
             )  # fmt: skip
             stages = pipeline(scenario.model, plan, scenario.workload).stages
             found = [list(weights_of(stage, scenario.model, plan)) for stage in stages]
@@ -207,6 +207,7 @@ class StepBounds:
 
     def plan_s(self, plan: Plan) -> float:
         """A closer bound of one plan: its passes run in the schedule's order, each as long as its chain."""
+        assert plan.placement == self.bounds.placement
         machine = menu.module("schedules", plan.schedule)
         copies = machine.COPIES if self.bounds.training else 1
         branch = branch_of(plan, copies, (plan.dp * plan.cp * copies, plan.edp * copies))
