@@ -150,7 +150,7 @@ def export(
     dish = menu.load("exporters", name, "export")
     noun = _noun(dish)
     if (what := _nouns(result).get(noun)) is None:
-        remedy = "simulate a plan with a placement" if noun == "placing" else f"give it a {noun}"
+        remedy = "place experts (`moeplan place --plan`)" if noun == "placing" else f"give it a {noun}"
         raise MoeplanError(f"format {name!r} exports a {noun}, not a {type(result).__name__}; {remedy}")
     dish(what, fspath(path), **options)
 

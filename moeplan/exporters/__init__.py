@@ -4,7 +4,8 @@ A dish has `SUFFIXES`, the endings that a file of it may have, and
 
     export(timeline, path, **options) -> None          writes the file at `path`, whole or not at all
 
-The first argument's name says what is exported: `timeline`, `plan` or `validation`. Options are keyword-only and have
+The first argument's name says what is exported: `timeline`, `plan`, `placing` (experts in the slots of every layer) or
+`validation`. Options are keyword-only and have
 defaults. A heavy package is imported inside the function that needs it.
 
 Law (tests/contracts/test_exporters.py): for every suffix the same input gives the same bytes, what is exported stays

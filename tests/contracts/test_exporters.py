@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
 from moeplan import catalogue, menu
 from moeplan.compiler.compile_plan import compile_plan
+from moeplan.domain.placement import ExpertMap
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Exchange, Flows, Lane, Program, Rendezvous, Tasks, Work
 from moeplan.domain.timeline import Timeline
@@ -78,7 +80,12 @@ def build_timeline(*, work: str = "attention", rows: tuple[tuple[int, ...], ...]
     return Timeline(program=program, start_s_T=start, end_s_T=end, launch_s_T=np.zeros(len(start)))
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {"timeline": build_timeline}
+def build_placing(**_: Any) -> ExpertMap:
+    """A dense layer between two with four experts in six slots; of an experts' map nothing else can vary."""
+    return ExpertMap(num_gpus=2, num_experts=4, rows=((0, 1, 2, 3, 0, 1), None, (3, 2, 1, 0, 3, 2)))
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {"timeline": build_timeline, "placing": build_placing}
 
 
 @pytest.fixture(params=DISHES, ids=lambda dish: "".join(dish))
@@ -120,10 +127,15 @@ def test_the_same_input_gives_the_same_bytes_and_replaces_what_was_there(
 
 def test_what_is_exported_stays_as_it_was(dish: tuple[ModuleType, str], tmp_path: Path) -> None:
     module, suffix = dish
-    timeline = sample(module)
-    for array in (timeline.start_s_T, timeline.end_s_T, timeline.program.tasks.lane_T, timeline.program.before_D):
+    given = sample(module)
+    for array in _arrays(given) if isinstance(given, Timeline) else ():
         array.setflags(write=False)
-    module.export(timeline, tmp_path / f"out{suffix}")
+    module.export(given, tmp_path / f"out{suffix}")
+
+
+def _arrays(timeline: Timeline) -> tuple[np.ndarray[Any, Any], ...]:
+    """The rest cannot be written to anyway."""
+    return timeline.start_s_T, timeline.end_s_T, timeline.program.tasks.lane_T, timeline.program.before_D
 
 
 def test_a_step_without_tasks_is_a_file_too(dish: tuple[ModuleType, str], tmp_path: Path) -> None:
@@ -340,6 +352,27 @@ def test_a_chart_names_every_colour_that_it_shows_and_what_its_numbers_are(tmp_p
     text = (tmp_path / "a.svg").read_text()
     for words in ("forward", "backward", "once a step", "dispatch", "gradients", "send", "number in a bar", "(2 GPUs)"):
         assert words in text
+
+
+def test_sglang_gets_a_row_for_every_layer_and_its_own_default_where_there_are_no_experts(tmp_path: Path) -> None:
+    menu.load("exporters", "sglang", "export")(build_placing(), tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found == {"physical_to_logical_map": [[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]]}
+
+
+def test_tensorrt_llm_gets_the_layers_with_experts_alone(tmp_path: Path) -> None:
+    menu.load("exporters", "tensorrt_llm", "export")(build_placing(), tmp_path / "a.yaml")
+    found = YAML(typ="safe", pure=True).load(tmp_path / "a.yaml")["moe_config"]["load_balancer"]
+    assignments = {0: [0, 1, 2, 3, 0, 1], 2: [3, 2, 1, 0, 3, 2]}
+    assert found == {"num_slots": 6, "initial_global_assignments": assignments, "layer_updates_per_iter": 0}
+
+
+@pytest.mark.parametrize("name", ["sglang", "tensorrt_llm"])
+def test_an_engine_gets_no_empty_slot(name: str, tmp_path: Path) -> None:
+    given = replace(build_placing(), rows=((0, 1, 2, 3, 0, -1),))
+    with pytest.raises(MoeplanError, match=r"6 slots on 2 GPUs are not all full, .*; place with slots .* 4 or 6"):
+        menu.load("exporters", name, "export")(given, tmp_path / f"a{menu.module('exporters', name).SUFFIXES[0]}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("lowest", "largest"), [(2.1e6, 2.2e6), (1.0, 1e6), (3e4, 8e6), (1e7, 1e8)])

@@ -14,6 +14,7 @@ import moeplan as mp
 from moeplan import menu
 from moeplan.compiler.compile_plan import compile_plan
 from moeplan.cost.cost_model import CostModel
+from moeplan.domain.placement import Placement
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
 from moeplan.planners._space import Branch, Space
@@ -119,6 +120,20 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "skewed-in-each-others-way": ("small-two-nodes", WIDE | FEW | beside("60 %", "50 %") | {"routing.skew": 0.9}, 12),
     "dense": ("llama-3-70b-128xh100", {"nodes": 2, "workload.global_batch": 32, "workload.sequence": 1024}, 6),
 }
+PLACED: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "even": ("small-two-nodes", WIDE | FEW | {"choose.ep": 2}, 6, 8),
+    "skewed": ("small-two-nodes", WIDE | FEW | {"choose.ep": 4, "routing.skew": 0.9}, 3, 12),
+    "drawn": ("small-two-nodes", WIDE | FEW | {"choose.ep": 4, "routing.router": "multinomial"}, 5, 8),
+    "every-all-to-all": (
+        "small-two-nodes",
+        WIDE | FEW | ALL_TO_ALLS | {"cluster.nodes": 4, "routing.skew": 0.9, "choose.ep": 8},
+        2,
+        12,
+    ),
+    "prediction": ("deepseek-v3-2048xh800", {**DEEPSEEK, "cluster.nodes": 1, "choose.ep": 8}, 36, 2),
+    "decode": ("deepseek-v3-decode-128xh800", {"nodes": 1, "workload.global_batch": 32, "choose.ep": 8}, 40, 2),
+}
+"""Scenario, changes, slots of a place, and how many plans are drawn of it; experts and empty slots stand anywhere."""
 """Scenario, changes that make it small, and how many plans are drawn of it."""
 
 
@@ -179,29 +194,55 @@ def test_the_bound_before_a_branch_is_opened_is_below_those_of_its_plans(name: s
         assert steps.bounds.pipeline_s(branch).min() <= bounds_of(steps, branch).min() * (1 + ROUNDING)
 
 
-def drawn(scenario: mp.Scenario, space: Space, count: int) -> Iterator[tuple[Branch, int, float]]:
-    """Plans with few micro-batches and few tasks: branch, number and simulated seconds."""
+def placement_of(scenario: mp.Scenario, per_place: int) -> Placement:
+    """Each expert once, the next places' experts again as far as there is room, places shuffled in each layer."""
+    assert scenario.choices.ep is not None
+    (ep,), layers = scenario.choices.ep, [layer.experts for layer in scenario.model.all_layers if layer.experts]
+    rng = random.Random(20)
+    table = []
+    for experts in layers:
+        own = [list(range(experts.num_experts))[place::ep] for place in range(ep)]
+        rows = [(held + own[(place + 1) % ep])[: per_place - (place == 0)] for place, held in enumerate(own)]
+        rows = [row + [-1] * (per_place - len(row)) for row in rows]
+        rng.shuffle(rows)
+        table.append(tuple(expert for row in rows for expert in row))
+    return Placement(experts=tuple(table))
+
+
+def drawn(
+    scenario: mp.Scenario, space: Space, count: int, *, placement: Placement | None = None
+) -> Iterator[tuple[mp.Plan, Branch, int, float]]:
+    """Plans with few micro-batches and few tasks: plan, branch, number and simulated seconds."""
     rng, given = random.Random(20), 0
     while given < count:
         branch = rng.choice(space.branches)
         index = rng.randrange(branch.size)
-        plan = space.plan(branch, index)
+        plan = space.plan(branch, index).model_copy(update={"placement": placement})
         if plan.num_microbatches(scenario.workload.global_batch) > 16:
             continue
         program = compile_plan(plan, scenario)
         if len(program.tasks.lane_T) <= MOST_TASKS:
             given += 1
-            yield branch, index, simulate(program, CostModel(gpu=scenario.cluster.gpu)).step_s
+            yield plan, branch, index, simulate(program, CostModel(gpu=scenario.cluster.gpu)).step_s
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_bound_of_a_plan_drawn_at_random_is_above_its_simulated_step(case: str) -> None:
     name, changes, count = CASES[case]
+    _check_bounds(mp.load(name, changes), count)
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_no_bound_of_a_plan_with_a_placement_is_above_its_simulated_step(case: str) -> None:
+    name, changes, per_place, count = PLACED[case]
     scenario = mp.load(name, changes)
-    space, steps = Space(scenario), StepBounds(Bounds(scenario))
-    coarse = StepBounds(Bounds(scenario, coarse=True))
-    for branch, index, step_s in drawn(scenario, space, count):
-        plan = space.plan(branch, index)
+    _check_bounds(scenario, count, placement=placement_of(scenario, per_place))
+
+
+def _check_bounds(scenario: mp.Scenario, count: int, *, placement: Placement | None = None) -> None:
+    space, steps = Space(scenario), StepBounds(Bounds(scenario, placement=placement))
+    coarse = StepBounds(Bounds(scenario, coarse=True, placement=placement))
+    for plan, branch, index, step_s in drawn(scenario, space, count, placement=placement):
         assert coarse.bounds.floor_s(branch) <= step_s * (1 + ROUNDING), plan
         assert steps.bounds.floor_s(branch) <= step_s * (1 + ROUNDING), plan
         assert coarse.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan

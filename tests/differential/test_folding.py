@@ -51,6 +51,8 @@ PLANS_OF_8: list[dict[str, Any]] = [
     {**FOUR, "dp": 2, "cp": 2, "ep": 2, "schedule": "zbv", "rank_order": "tp-cp-ep-pp-dp"},
     {**TWO, "dp": 4, "ep": 4, "vpp": 2, "schedule": "dual_pipe", "overlap_degree": 2, "arbitration": "a2a_first"},
 ]
+PLACED_ON_4 = {"experts": [[0, 1, 2, 2, 3, 4, 0, 5, 6, 7, 1, -1], [*range(8), 0, 1, 2, -1]] * 2}
+PLACED_ON_8 = {"experts": [[expert for place in range(8) for expert in (place, (place + 3) % 8)]] * 4}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("rails", routing, plan) for routing in ("even", "skewed") for plan in PLANS_OF_8),
     *(("one-switch", "drawn", plan) for plan in PLANS_OF_8[::3]),
@@ -76,6 +78,14 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("one-switch", "hot", {**TWO, "dp": 4, "ep": 2, "stages": (3, 1), "zero_dense": 2, "arbitration": "fifo"}),
     ("cube-mesh", "even", {**FOUR, "dp": 4, "ep": 2, "schedule": "zbv", "stages": (2, 0, 0, 2), "arbitration": "fifo"}),
     ("torus", "drawn", {**TWO, "dp": 8, "ep": 8, "schedule": "one_f_one_b"}),
+    *(
+        ("rails", routing, {**plan, "placement": PLACED_ON_4})
+        for routing in ("even", "skewed")
+        for plan in (PLANS_OF_8[1], PLANS_OF_8[2], PLANS_OF_8[4], PLANS_OF_8[7], PLANS_OF_8[10], PLANS_OF_8[12])
+    ),
+    ("rails", "even", {**ONE, "dp": 8, "ep": 8, "placement": PLACED_ON_8}),
+    ("rails", "drawn", {**ONE, "dp": 8, "ep": 8, "all_to_all": "node_dedup", "placement": PLACED_ON_8}),
+    ("torus", "skewed", {**ONE, "dp": 16, "ep": 8, "zero_expert": 3, "placement": PLACED_ON_8}),
 ]
 
 
