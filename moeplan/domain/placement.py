@@ -258,7 +258,9 @@ class Placement(Frozen):
             by_place = np.argsort(each.gpu_R, kind="stable")
             place_R = each.gpu_R[by_place]
             slot_R = place_R * width + np.arange(place_R.size) - np.searchsorted(place_R, place_R)
-            row_C[slot_R], share_C[slot_R] = each.expert_R[by_place], each.share_SR.mean(axis=0)[by_place]
+            share_R = np.clip(each.share_SR.mean(axis=0), 0.0, 1.0)
+            share_R /= np.bincount(each.expert_R, weights=share_R)[each.expert_R]
+            row_C[slot_R], share_C[slot_R] = each.expert_R[by_place], share_R[by_place]
         even = Placement(experts=tuple(map(tuple, table_LC.tolist())))
         if all(np.allclose(row, even.share_C(at), rtol=0, atol=_SLACK) for at, row in enumerate(share_LC)):
             return even

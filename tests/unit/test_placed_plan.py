@@ -242,6 +242,21 @@ def test_a_table_that_is_none_is_refused(document: dict[str, Any], says: str) ->
         Placement.model_validate(document)
 
 
+@pytest.mark.parametrize(
+    ("placement", "says"),
+    [
+        ({"experts": [[0, 1], [0, 1, 2]]}, r"plan.json: placement: experts: layers have 2 to 3 slots; fill up"),
+        ({"experts": [[0, "1"]]}, r"plan.json: placement.experts.0.1: found the text .* write 1"),
+        ({"expert": [[0, 1]]}, r"plan.json: placement.expert: unknown key .* did you mean .experts"),
+    ],
+)
+def test_a_file_with_a_bad_placement_is_refused_at_its_place(placement: Any, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan().model_dump(mode="json", by_alias=True) | {"placement": placement}))
+    with pytest.raises(mp.CatalogueError, match=says):
+        mp.simulate(scenario(), path)
+
+
 # in and out
 
 
@@ -286,6 +301,33 @@ def test_the_command_puts_a_placement_into_a_plan_that_is_simulated_and_exported
         mp.MoeplanError, match=r"exports a placing, not a Plan; place experts \(`moeplan place --plan`\)"
     ):
         mp.export(plan(), experts, format="sglang")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--slots", "12", "--gpus", "8"], "ep 4 is not the 8 GPUs that experts are placed on; place them on 4"),
+        (["--load", "counts.csv"], "2 layers, but the model has 4 with experts"),
+    ],
+)
+def test_a_placement_that_does_not_suit_the_plan_is_refused(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = {"plan": plan().model_dump(mode="json", by_alias=True), "scenario": scenario().document}
+    Path("plan.json").write_text(json.dumps(document))
+    Path("counts.csv").write_text("1,2,3,4,5,6,7,8\n8,7,6,5,4,3,2,1\n")
+    done = CliRunner().invoke(app, ["place", "--plan", "plan.json", "--placer", "lpt", *words])
+    assert done.exit_code == 2
+    assert says in done.stderr
+
+
+def test_a_setting_of_no_scenario_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_text("1,2,3,4\n")
+    done = CliRunner().invoke(app, ["place", "--load", str(path), "--gpus", "2", "--set", "routing.skew=1"])
+    assert done.exit_code == 2
+    assert "--set routing.skew=1: no scenario is given; name one, or leave out --set" in done.stderr
 
 
 def test_lists_of_numbers_are_one_line_in_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
