@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PlanError,
         SimulationError,
     )
+    from moeplan.explaining import Explanation, explain
     from moeplan.grid import Row, WhatIf, sweep, what_if
     from moeplan.placing import Placing, place
     from moeplan.replaying import PolicyReplay, Replay, replay
@@ -52,6 +53,7 @@ _HOMES = {
         "PlanError",
         "SimulationError",
     ),
+    "moeplan.explaining": ("Explanation", "explain"),
     "moeplan.grid": ("Row", "WhatIf", "sweep", "what_if"),
     "moeplan.placing": ("Placing", "place"),
     "moeplan.replaying": ("PolicyReplay", "Replay", "replay"),
@@ -62,6 +64,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CatalogueError",
     "ExecutionError",
+    "Explanation",
     "Figures",
     "InfeasibleError",
     "MoeplanError",
@@ -80,6 +83,7 @@ __all__ = [
     "__version__",
     "cluster_from",
     "document",
+    "explain",
     "export",
     "load",
     "network",

@@ -102,6 +102,14 @@ def changes_of(settings: list[str]) -> dict[str, str]:
     return found
 
 
+def refuse_choices(settings: list[str], *, but: str | None = None) -> None:
+    """Raises MoeplanError: a plan that is given has chosen. `but`: what a scenario of flags may need all the same."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key.split(".")[0] == "choose" and not (but and key.startswith(but)):
+            raise MoeplanError(f"--set {key}: choose has no effect on a given plan; leave out --plan, or the setting")
+
+
 def grid_of(words: list[str]) -> dict[str, list[str]]:
     """Each key with its values; a comma inside brackets, braces or quotes belongs to a value."""
     found: dict[str, list[str]] = {}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeplan._explain import explain
 from moeplan._flags import (
     Batch,
     Cluster,
@@ -34,6 +35,7 @@ from moeplan._flags import (
     given_flags,
     grid_of,
     noise_of,
+    refuse_choices,
     scenario_of,
 )
 from moeplan._network import network_app
@@ -116,6 +118,7 @@ def _give_up_stdout() -> None:
 
 app.add_typer(network_app(_guarded), name="network")
 app.command()(_guarded()(place))
+app.command()(_guarded()(explain))
 
 
 @app.command()
@@ -314,21 +317,13 @@ def _problem_and_plan(
         return problem, _planned(problem).plan
     read_plan(plan_file)
     made_here = name is None and {"model", "cluster"} <= flags.keys()
-    _refuse_choices(settings or [], but="choose.precision" if made_here else None)
+    refuse_choices(settings or [], but="choose.precision" if made_here else None)
     if name is not None or made_here:
         return scenario_of(name, settings, flags), plan_file
     document = read(plan_file).data.get("scenario")
     if not isinstance(document, dict):
         raise MoeplanError(f"{plan_file}: holds a plan without its scenario; name the scenario before --plan")
     return scenario_of(document, settings, flags), plan_file
-
-
-def _refuse_choices(settings: list[str], *, but: str | None) -> None:
-    """A plan that is given has chosen. `but`: what a scenario of flags may need all the same."""
-    for setting in settings:
-        key = setting.partition("=")[0].strip()
-        if key.split(".")[0] == "choose" and not (but and key.startswith(but)):
-            raise MoeplanError(f"--set {key}: choose has no effect on a given plan; leave out --plan, or the setting")
 
 
 def _checked(files: Mapping[str, Path | None]) -> dict[str, Path]:

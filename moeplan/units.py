@@ -56,6 +56,15 @@ def _unit(text: str, unit: str) -> tuple[str, float]:
     raise ValueError(f"{text!r} has the unknown unit {unit!r}; use {_ALLOWED}")
 
 
+def scaled(text: str, factor: float) -> str:
+    """`text` with its number times `factor`: scaled("400 Gbit/s", 1.1) is '440 Gbit/s'; a share stops at 100 %."""
+    match = _TEXT.match(text)
+    assert match is not None, "what is scaled has been parsed before"
+    number, unit, per_second = match.groups()
+    most = 100.0 if unit == "%" else math.inf
+    return f"{min(float(number) * factor, most):.12g} {unit}{per_second or ''}"
+
+
 _EXAMPLES = {
     "B": "80 GB", "B/s": "400 Gbit/s", "FLOP": "1 GFLOP", "FLOP/s": "989 TFLOP/s", "s": "4 us",
     "tokens": "4096 tokens", "tokens/s": "10 ktokens/s", "W": "700 W", "share": "80 %",

@@ -13,8 +13,8 @@ from moeplan import menu
 HOUSE = Path(menu.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 LAYERS = (
-    {"__main__", "cli", "_flags", "_network", "_place", "_replay", "_screen", "_waiting"},
-    {"api", "grid", "placing", "replaying", "__init__"},
+    {"__main__", "cli", "_explain", "_flags", "_network", "_place", "_replay", "_screen", "_waiting"},
+    {"api", "explaining", "grid", "knobs", "placing", "replaying", "__init__"},
     {"validator", "exporters"},
     {"planners"},
     {"placers"},

@@ -18,6 +18,7 @@ import moeplan as mp
 HEAVY = ("highspy", "matplotlib", "networkx", "numpy", "pulp", "pydantic", "ruamel", "simpy", "torch")
 SIGNATURES = {
     "document": "(source, changes={})",
+    "explain": "(source, plan=None, *, replan=False, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
     "export": "(result, path, *, format=None, **options)",
     "load": "(source, changes={})",
     "plan": "(scenario, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
@@ -41,6 +42,10 @@ REPLAYED = (
     "policy", "options", "ratio_TL", "value_TL", "is_replaced_TL", "moves_TL", "migration_s_TL", "oracle",
 )  # fmt: skip
 FIELDS = {
+    "Explanation": (
+        "scenario", "plan", "step_s", "lower_bound_s", "causes_s", "path", "helps", "memory", "runner_up", "twins",
+        "stability",
+    ),
     "Noise": ("jitter", "stragglers", "slowdown", "seed"),
     "Placing": ("placer", "objective", "num_gpus", "slots", "split", "numbers", "problems", "layers", "num_layers"),
     "PolicyReplay": REPLAYED,
@@ -49,7 +54,7 @@ FIELDS = {
     "Scenario": ("name", "cluster", "model", "workload", "routing", "choices", "document"),
     "Simulation": ("scenario", "plan", "timeline", "figures", "noise"),
     "WhatIf": ("base", "rows"),
-}
+}  # fmt: skip
 RESULT = (
     "schema_version", "moeplan_version", "planner", "scenario", "plan", "step_s", "mfu", "tokens_per_s_per_gpu",
     "peak_memory_bytes", "lower_bound_s", "gap", "breakdown_s", "memory", "evaluated", "runners_up",

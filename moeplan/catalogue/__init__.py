@@ -14,7 +14,17 @@ Everything that is wrong is a CatalogueError of one line (three at most): file, 
 allowed, a remedy.
 """
 
-from moeplan.catalogue.build import build, cluster_from, document, load, read_plan, scenario_from, show, sources
+from moeplan.catalogue.build import (
+    build,
+    cluster_from,
+    document,
+    load,
+    read_plan,
+    read_result,
+    scenario_from,
+    show,
+    sources,
+)
 from moeplan.catalogue.citations import Citation
 from moeplan.catalogue.files import Found, find, names, root
 
@@ -28,6 +38,7 @@ __all__ = [
     "load",
     "names",
     "read_plan",
+    "read_result",
     "root",
     "scenario_from",
     "show",

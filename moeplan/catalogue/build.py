@@ -22,6 +22,7 @@ from moeplan.catalogue.translate import models_in, validated
 from moeplan.domain.cluster import Cluster, build_cluster
 from moeplan.domain.model import FeedForward, Mixer, Model
 from moeplan.domain.plan import Plan
+from moeplan.domain.result import PlanResult
 from moeplan.domain.scenario import Choices, RoutingLaw, Scenario
 from moeplan.domain.workload import Workload
 from moeplan.errors import CatalogueError, unknown_name
@@ -188,6 +189,14 @@ def read_plan(path: str | Path) -> Plan:
         sheet = Sheet(data=inner, spots=below(sheet.spots, ("plan",)) or sheet.spots)
     _check_plan_schema(sheet)
     return validated(Plan, sheet.data, sheet.spots, ())
+
+
+def read_result(path: str | Path) -> PlanResult | None:
+    """The result in a file that `plan --json` wrote, or None if it holds something else. Raises CatalogueError."""
+    sheet = read(Path(path))
+    if sheet.data.get("schema") != "moeplan.result/v1":
+        return None
+    return validated(PlanResult, sheet.data, sheet.spots, ())
 
 
 def _check_plan_schema(sheet: Sheet) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.domain.program import Program
+from moeplan.domain.program import Floats, Phase, Program
 
 
 def wire_s(program: Program, meeting: int) -> float:
@@ -12,15 +12,21 @@ def wire_s(program: Program, meeting: int) -> float:
 
     No sharing of the links can be faster, since every byte crosses every link of its path.
     """
-    flows, total = program.flows, 0.0
+    total = 0.0
     size = program.exchanges[program.meetings[meeting].exchange].size_bytes
     for phase in program.meetings[meeting].phases:
         total += phase.delay_s(size)
-        if phase.classes and size > 0:
-            classes = list(phase.classes)
-            bytes_C = np.where(
-                flows.share_C[classes] > 0, flows.share_C[classes] * size + flows.extra_bytes_C[classes], 0
-            )
-            bytes_K = bytes_C @ flows.crossing_CK[classes]
-            total += float((bytes_K / flows.capacity_bytes_per_s_K).max(initial=0.0))
+        total += float(link_s_K(program, phase, size).max(initial=0.0))
     return total
+
+
+def link_s_K(program: Program, phase: Phase, size_bytes: float) -> Floats:
+    """Seconds for which one phase of an exchange of `size_bytes` keeps each link busy; empty if nothing is sent."""
+    if not phase.classes or size_bytes <= 0:
+        return np.empty(0)
+    flows, classes = program.flows, list(phase.classes)
+    bytes_C = np.where(
+        flows.share_C[classes] > 0, flows.share_C[classes] * size_bytes + flows.extra_bytes_C[classes], 0
+    )
+    seconds_K: Floats = (bytes_C @ flows.crossing_CK[classes]) / flows.capacity_bytes_per_s_K
+    return seconds_K
