@@ -64,7 +64,7 @@ def test_there_are_commands_to_check() -> None:
 def test_a_command_parses_and_names_what_there_is(line: str) -> None:
     values = parsed(words_of(line))
     scenario = values.get("scenario") or (values.get("words") or [None])[0]  # type: ignore[index]
-    assert scenario is None or scenario in names("scenarios")
+    assert scenario in (None, "plan.json", *names("scenarios"))
     assert values.get("cluster") is None or values["cluster"] in names("topologies")
 
 
