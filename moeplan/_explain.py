@@ -157,8 +157,8 @@ def _print_memory(screen: Screen, memory: MemoryLimit, step_s: float) -> None:
                     f"{_percent(other.step_s / step_s - 1)}.")  # fmt: skip
     verdicts = {
         True: "Memory binds: with more of it there is a faster plan.",
-        False: "Memory does not bind: every plan that was looked at fits.",
-        None: "Whether memory binds is not known: some plans do not fit, and none of them is known to be faster.",
+        False: "Memory does not bind: every plan that might be faster fits.",
+        None: "Whether memory binds is not known: no faster plan that does not fit is known, but not all were tried.",
     }
     screen.line(verdicts[memory.binds])
 

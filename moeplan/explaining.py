@@ -75,7 +75,7 @@ class MemoryLimit:
     too_big_bytes: float | None
     """What its fullest GPU would need."""
     binds: bool | None
-    """None: plans that do not fit were passed over unbounded, so that nobody knows."""
+    """None: plans were left open, or do not fit and were passed over unbounded, so that nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,7 +313,8 @@ class _Field:
         """Whether memory binds. `result`: of this scenario, and so what its counts say holds."""
         fullest = max(footprint(self.ours.plan, self.scenario), key=lambda stage: stage.total)
         is_faster = self.too_big is not None and self.too_big.step_s < self.ours.step_s * (1 - _ROUNDING)
-        all_fit = result is not None and result.evaluated.infeasible_by_memory == 0
+        counts = result.evaluated if result is not None and result.plan == self.ours.plan else None
+        all_fit = counts is not None and counts.infeasible_by_memory == counts.unresolved == 0
         binds = True if is_faster else False if all_fit else None
         needs = None if self.too_big is None else _peak_bytes(self.too_big.plan, self.scenario)
         return MemoryLimit(fullest=fullest, too_big=self.too_big, too_big_bytes=needs, binds=binds)
