@@ -366,7 +366,9 @@ def _slower(change: float) -> str:
 
 
 def _decided(differences: Mapping[str, tuple[object, object]]) -> str:
-    return ", ".join(f"{key} {theirs} instead of {ours}" for key, (ours, theirs) in differences.items())
+    whole = {key for key, pair in differences.items() if any(isinstance(each, dict) for each in pair)}
+    words = {key: f"{key} {theirs} instead of {ours}" for key, (ours, theirs) in differences.items()}
+    return ", ".join(f"another {key}" if key in whole else words[key] for key in differences)
 
 
 # ---- documents
