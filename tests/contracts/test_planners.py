@@ -140,3 +140,11 @@ def test_progress_is_told_in_words_and_never_runs_past_its_end(planner: str) -> 
     for message, done, total in told:
         assert message
         assert total is None or done <= total * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("exact", EXACT)
+def test_no_plan_of_another_planner_beats_a_certificate(exact: str, scenario: str) -> None:
+    bound_s = found(exact, scenario).lower_bound_s
+    for planner in PLANNERS:
+        assert found(planner, scenario).step_s >= bound_s * (1 - 1e-9), planner
