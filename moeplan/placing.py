@@ -40,6 +40,7 @@ from moeplan.errors import CatalogueError, InfeasibleError, PlanError, unknown_n
 from moeplan.importers.expert_load import Ids, read_ids
 from moeplan.importers.expert_load import read as read_load
 from moeplan.partition.route import load_of
+from moeplan.placers._layers import place_layers
 
 SCHEMA = "moeplan.placing/v1"
 Objective = Literal["balance", "makespan", "visits"]
@@ -136,7 +137,11 @@ def place(
         )
         for tokens_SE, visits, at in zip(tokens_LSE, visits_L, before, strict=True)
     )  # fmt: skip
-    placed = _placed(problems, numbers, placer=placer, seed=seed, time_limit_s=time_limit_s, progress=progress)
+    tell = progress or (lambda message, done, total: None)
+    placed = place_layers(
+        problems, numbers, placer=placer, seed=seed, time_limit_s=time_limit_s,
+        on_layer=lambda number, done: tell(f"layer {number}", done, len(problems)),
+    )  # fmt: skip
     return Placing(
         placer=placer, objective=objective, num_gpus=num_gpus, slots=num_slots, split=split, numbers=numbers,
         problems=problems, layers=placed,

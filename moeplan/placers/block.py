@@ -9,6 +9,8 @@ import numpy as np
 from moeplan.domain.placement import PlacedLayer, PlacementProblem
 from moeplan.placers._seats import placed
 
+KEEPS_ORDER = True
+
 
 def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: float) -> PlacedLayer:
     """What frameworks do unasked: replica r is one of expert r mod E, and neighbours share a GPU."""

@@ -10,6 +10,8 @@ import numpy as np
 from moeplan.domain.placement import PlacedLayer, PlacementProblem
 from moeplan.placers._seats import placed
 
+KEEPS_ORDER = True
+
 
 def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: float) -> PlacedLayer:
     """Replica r is one of expert r mod E on GPU r mod G, one GPU further whenever the two would meet again."""

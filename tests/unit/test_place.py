@@ -179,3 +179,12 @@ def test_a_wrong_request_for_visits_says_what_helps(keywords: dict[str, Any], sa
     ids_NLK = np.arange(32).reshape(8, 1, 4) % 16
     with pytest.raises(mp.PlanError, match=says):
         mp.place(load=ids_NLK, **({"objective": "visits"} | keywords))
+
+
+def test_no_gpu_is_the_fullest_in_every_layer() -> None:
+    counts = np.tile([100.0, 1.0, 1.0, 1.0], (8, 1)) + np.arange(8)[:, None]
+    total_G = np.zeros(4)
+    found = mp.place(load=counts, gpus=4)
+    for problem, layer in zip(found.problems, found.layers, strict=True):
+        np.add.at(total_G, layer.placement.gpu_R, problem.tokens_E[layer.placement.expert_R])
+    assert total_G.max() <= 1.1 * total_G.mean()
