@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from moeplan.domain._frozen import Frozen
 from moeplan.domain.routing import TokenSets
-from moeplan.errors import PlanError
+from moeplan.errors import PlanError, unknown_name
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -79,6 +79,8 @@ class PlacementProblem:
     max_moves: int | None = None
 
     def __post_init__(self) -> None:
+        if self.split not in get_args(Split):
+            raise PlanError(unknown_name("split", self.split, get_args(Split)))
         tokens_SE = np.array(self.tokens_SE, dtype=np.float64, ndmin=2)
         if tokens_SE.ndim != 2 or 0 in tokens_SE.shape:
             raise PlanError(f"load: shape {np.shape(self.tokens_SE)} is not (sources, experts); give a row of counts")

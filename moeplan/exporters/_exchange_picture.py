@@ -35,15 +35,25 @@ def draw_exchange(found: ExchangeTime, cluster: Cluster, path: str | Path) -> No
 
 def _matrix(figure: Any, axes: Any, found: ExchangeTime, cluster: Cluster) -> None:
     each = 1 if cluster.num_gpus <= _MOST_ROWS else cluster.gpus_per_node
-    rows = -(-cluster.num_gpus // each)
-    key = found.source_F // each * rows + found.target_F // each
-    table = np.bincount(key, weights=found.size_bytes_F * found.count_F, minlength=rows * rows).reshape(rows, rows)
+    table = traffic_bytes(found, cluster.num_gpus, each)
     shown: Floats = np.where(table > 0, table, np.nan)
     image = axes.imshow(shown, cmap="viridis_r", interpolation="nearest")
     axes.set_xlabel("receiving " + ("GPU" if each == 1 else "node"))
     axes.set_ylabel("sending " + ("GPU" if each == 1 else "node"))
     bar = figure.colorbar(image, ax=axes, fraction=0.046)
     bar.ax.yaxis.set_major_formatter(lambda value, _: show(value, "B"))
+
+
+def traffic_bytes(found: ExchangeTime, num_gpus: int, each: int) -> Floats:
+    """Bytes by sender and receiver, `each` neighbouring GPUs together. Where few pairs stand for all, all are alike."""
+    rows = -(-num_gpus // each)
+    if found.count_F.max() > 1:
+        members = np.bincount(np.arange(num_gpus) // each).astype(np.float64)
+        table: Floats = (np.outer(members, members) - np.diag(members)) * float(found.size_bytes_F[0])
+        return table
+    key = found.source_F // each * rows + found.target_F // each
+    summed: Floats = np.bincount(key, weights=found.size_bytes_F, minlength=rows * rows).astype(np.float64)
+    return summed.reshape(rows, rows)
 
 
 def _links(axes: Any, found: ExchangeTime, cluster: Cluster) -> None:
@@ -57,5 +67,5 @@ def _links(axes: Any, found: ExchangeTime, cluster: Cluster) -> None:
     axes.axvline(found.time_s * 1e3, color="#b03a2e", linewidth=1, label="the exchange")
     axes.set_yticks(np.arange(len(worst)), [cluster.link_name(int(link)) for link in worst], fontsize=7)
     axes.set_xlabel("busy, ms")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

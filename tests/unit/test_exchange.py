@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import moeplan as mp
 from moeplan import menu
 from moeplan.cli import app
+from moeplan.exporters._exchange_picture import traffic_bytes
 from moeplan.network import FlowSet, all_to_all, finish_times
 
 CLUSTERS = {
@@ -135,6 +136,16 @@ def test_flows_that_cannot_be_are_refused(change: dict[str, np.ndarray], said: s
 def run(*words: str) -> tuple[int, str]:
     found = CliRunner().invoke(app, ["network", "a2a", *words])
     return found.exit_code, found.output
+
+
+@pytest.mark.parametrize("algorithm", ["linear", "pairwise_rounds"])
+@pytest.mark.parametrize("each", [1, 8])
+def test_the_picture_shows_what_every_gpu_sends(algorithm: str, each: int) -> None:
+    cluster = mp.cluster_from("hgx-h100-rail", nodes=2)
+    found = mp.network.all_to_all(cluster, size_bytes=16.0, algorithm=algorithm)
+    one = np.ones((16, 16)) - np.eye(16)
+    wanted = one.reshape(16 // each, each, 16 // each, each).sum(axis=(1, 3))
+    assert traffic_bytes(found, 16, each) == pytest.approx(wanted)
 
 
 def test_the_command_times_all_algorithms_and_draws_the_fastest(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_a_placement_can_start_from_a_file_and_keeps_its_budget(tmp_path: Path) 
         ({"gpus": 4, "objective": "makespan"}, "give a scenario"),
         ({"gpus": 4, "placer": "eplbb"}, "did you mean 'eplb'"),
         ({"gpus": 3, "placer": "eplb"}, "eplb"),
+        ({"gpus": 4, "split": "evn"}, "did you mean 'even'"),
         ({"gpus": 4, "now": {"schema": "other"}}, "place --json"),
         ({"gpus": 4, "now": {"schema": "moeplan.placing/v1", "layers": []}}, "0 layers"),
         ({"gpus": 4, "now": {"schema": "moeplan.placing/v1", "layers": [{"replicas": [{}]}]}}, "place --json"),
