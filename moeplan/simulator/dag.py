@@ -12,7 +12,7 @@ import numpy as np
 
 from moeplan.domain.program import Floats, Ints
 from moeplan.errors import SimulationError
-from moeplan.jit import compiled, compiled_in_place
+from moeplan.jit import compiled, inlined
 from moeplan.simulator.packed import Heap, Ints32, Rows, heap_of
 
 
@@ -58,7 +58,7 @@ def _check(duration_s_T: Floats, resource_T: Ints, priority_T: Ints, before_D: I
 # ---- events
 
 
-@compiled_in_place
+@inlined
 def put(heap: Heap, source: int, time: float) -> None:
     """Sets the event of a source, which replaces the one it had."""
     place = heap.rows[source].place
@@ -71,7 +71,7 @@ def put(heap: Heap, source: int, time: float) -> None:
     _sink(heap, _rise(heap, place, source), source)
 
 
-@compiled_in_place
+@inlined
 def drop(heap: Heap, source: int) -> None:
     """Takes the event of a source out, if it has one."""
     place = heap.rows[source].place
@@ -84,14 +84,14 @@ def drop(heap: Heap, source: int) -> None:
         _sink(heap, _rise(heap, place, last), last)
 
 
-@compiled_in_place
+@inlined
 def _is_before(heap: Heap, one: int, other: int) -> bool:
     if heap.rows[one].time_s == heap.rows[other].time_s:
         return bool(heap.rows[one].turn < heap.rows[other].turn)
     return bool(heap.rows[one].time_s < heap.rows[other].time_s)
 
 
-@compiled_in_place
+@inlined
 def _rise(heap: Heap, place: int, source: int) -> int:
     """Moves the gap at `place` up to where `source` belongs at the earliest."""
     while place > 0:
@@ -105,7 +105,7 @@ def _rise(heap: Heap, place: int, source: int) -> int:
     return place
 
 
-@compiled_in_place
+@inlined
 def _sink(heap: Heap, place: int, source: int) -> None:
     """Moves the gap at `place` down to where `source` belongs, and fills it."""
     size = heap.counts[0]
@@ -176,7 +176,7 @@ def _run(operations: Rows, follower_D: Ints32, resources: Rows, ready_T: Rows, w
     _run_all(operations, follower_D, resources, ready_T, woken, heap)
 
 
-@compiled_in_place
+@inlined
 def _run_all(operations: Rows, follower_D: Ints32, resources: Rows, ready_T: Rows, woken: Ints32, heap: Heap) -> None:
     """From instant to instant: ends what ends, then has each resource that may take the next take it."""
     num_woken, now = 0, 0.0
@@ -204,13 +204,13 @@ def _run_all(operations: Rows, follower_D: Ints32, resources: Rows, ready_T: Row
                     num_woken = _wait(operations, resources, ready_T, after, woken, num_woken)
 
 
-@compiled_in_place
+@inlined
 def _is_at(heap: Heap, place: int, time: float) -> bool:
     """Whether the event in a place of the heap is at that time."""
     return bool(place < heap.counts[0] and heap.rows[heap.rows[place].source].time_s == time)
 
 
-@compiled_in_place
+@inlined
 def _wait(operations: Rows, resources: Rows, ready_T: Rows, task: int, woken: Ints32, num_woken: int) -> int:
     """Queues an operation that is ready at its resource."""
     resource, priority = resources[operations[task].resource], operations[task].priority
@@ -226,7 +226,7 @@ def _wait(operations: Rows, resources: Rows, ready_T: Rows, task: int, woken: In
     return num_woken if resource.running >= 0 else _wake(resources, operations[task].resource, woken, num_woken)
 
 
-@compiled_in_place
+@inlined
 def _wake(resources: Rows, number: int, woken: Ints32, num_woken: int) -> int:
     """Has a resource look for what is next at the end of the instant."""
     if resources[number].is_woken:
@@ -236,7 +236,7 @@ def _wake(resources: Rows, number: int, woken: Ints32, num_woken: int) -> int:
     return num_woken + 1
 
 
-@compiled_in_place
+@inlined
 def _take_next(operations: Rows, resources: Rows, ready_T: Rows, heap: Heap, number: int, now: float) -> None:
     resource = resources[number]
     resource.is_woken = False
@@ -251,7 +251,7 @@ def _take_next(operations: Rows, resources: Rows, ready_T: Rows, heap: Heap, num
     put(heap, number, now + operations[task].duration_s)
 
 
-@compiled_in_place
+@inlined
 def _move_up(ready_T: Rows, room: int, size: int) -> None:
     """Fills the first place of a heap with what stood last, behind the `size` others."""
     priority, task, place = ready_T[room + size].priority, ready_T[room + size].task, 0
@@ -266,7 +266,7 @@ def _move_up(ready_T: Rows, room: int, size: int) -> None:
     ready_T[room + place].priority, ready_T[room + place].task = priority, task
 
 
-@compiled_in_place
+@inlined
 def _goes_first(priority: int, task: int, other: Any) -> bool:
     if priority == other.priority:
         return bool(task < other.task)
