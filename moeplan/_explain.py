@@ -28,7 +28,7 @@ def explain(
     replan: Annotated[
         bool, typer.Option("--replan", help="Plan each change anew as well; also more memory, more nodes.")
     ] = False,
-    planner: Planner = "exhaustive",
+    planner: Planner = "ours",
     time_limit: TimeLimit = None,
     gap: Gap = None,
     plot: Annotated[Path | None, typer.Option(help="Draw what would help: .png, .svg or .pdf.")] = None,

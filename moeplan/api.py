@@ -70,7 +70,7 @@ def _section(key: str) -> str:
 def plan(
     scenario: Source,
     *,
-    planner: str = "exhaustive",
+    planner: str = "ours",
     time_limit_s: float | None = None,
     gap: float | None = None,
     progress: Progress | None = None,

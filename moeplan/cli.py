@@ -132,7 +132,7 @@ def plan(
     global_batch: Batch = None,
     sequence: Sequence = None,
     phase: Phase = None,
-    planner: Planner = "exhaustive",
+    planner: Planner = "ours",
     time_limit: TimeLimit = None,
     gap: Gap = None,
     as_json: Json = False,
@@ -216,7 +216,7 @@ def what_if(
     replan: Annotated[
         bool, typer.Option("--replan/--no-replan", help="Plan each anew, or keep the base's plan.")
     ] = True,
-    planner: Planner = "exhaustive",
+    planner: Planner = "ours",
     time_limit: TimeLimit = None,
     gap: Gap = None,
     as_json: Json = False,

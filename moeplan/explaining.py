@@ -169,7 +169,7 @@ def explain(
     plan: Plan | PlanResult | str | PathLike[str] | None = None,
     *,
     replan: bool = False,
-    planner: str = "exhaustive",
+    planner: str = "ours",
     time_limit_s: float | None = None,
     gap: float | None = None,
     progress: Progress | None = None,
@@ -184,7 +184,7 @@ def explain(
     """
     check_search(planner=planner, time_limit_s=time_limit_s, gap=gap)
     scenario, given, known = _asked(source, plan)
-    if known is not None and not replan and (planner, time_limit_s, gap) != ("exhaustive", None, None):
+    if known is not None and not replan and (planner, time_limit_s, gap) != ("ours", None, None):
         raise MoeplanError("planner, time limit and gap have no effect on a result; add replan, or leave them out")
     search: dict[str, Any] = {"planner": planner, "time_limit_s": time_limit_s, "gap": gap, "progress": progress}
     result = known or api.plan(scenario, **search)

@@ -18,10 +18,10 @@ import moeplan as mp
 HEAVY = ("highspy", "matplotlib", "networkx", "numpy", "pulp", "pydantic", "ruamel", "simpy", "torch")
 SIGNATURES = {
     "document": "(source, changes={})",
-    "explain": "(source, plan=None, *, replan=False, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
+    "explain": "(source, plan=None, *, replan=False, planner='ours', time_limit_s=None, gap=None, progress=None)",
     "export": "(result, path, *, format=None, **options)",
     "load": "(source, changes={})",
-    "plan": "(scenario, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
+    "plan": "(scenario, *, planner='ours', time_limit_s=None, gap=None, progress=None)",
     "cluster_from": "(name, *, nodes=None, changes={})",
     "place": (
         "(scenario=None, *, load=None, array=None, gpus=None, gpus_per_node=None, slots=None, placer='ilp', "
@@ -35,8 +35,8 @@ SIGNATURES = {
     "show": "(name)",
     "simulate": "(scenario, plan, *, noise=None)",
     "sources": "(source)",
-    "sweep": "(scenario, grid, *, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
-    "what_if": "(scenario, changes, *, replan=True, planner='exhaustive', time_limit_s=None, gap=None, progress=None)",
+    "sweep": "(scenario, grid, *, planner='ours', time_limit_s=None, gap=None, progress=None)",
+    "what_if": "(scenario, changes, *, replan=True, planner='ours', time_limit_s=None, gap=None, progress=None)",
 }
 REPLAYED = (
     "policy", "options", "ratio_TL", "value_TL", "is_replaced_TL", "moves_TL", "migration_s_TL", "oracle",

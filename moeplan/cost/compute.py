@@ -10,7 +10,7 @@ from moeplan.domain.cluster import Gpu
 from moeplan.domain.program import Kernel
 from moeplan.errors import CatalogueError
 
-_TILE = 128
+TILE = 128
 """Rows and columns of the output that one SM computes at a time: the usual tile of cuBLAS for 16-bit products."""
 _SPLIT_DEPTH = 1024
 """A product with too few tiles is also cut along its depth, into parts of no less than this."""
@@ -37,15 +37,15 @@ def _peak(gpu: Gpu, dtype: str) -> float:
 
 
 def _gemm_share(kernel: Kernel, gpu: Gpu) -> float:
-    tiles = ceil(kernel.rows / _TILE) * ceil(kernel.columns / _TILE) * kernel.batch
-    exact = kernel.rows * kernel.columns * kernel.batch / _TILE**2
+    tiles = ceil(kernel.rows / TILE) * ceil(kernel.columns / TILE) * kernel.batch
+    exact = kernel.rows * kernel.columns * kernel.batch / TILE**2
     return _wave_share(tiles, exact, kernel.depth, gpu.num_sms)
 
 
 def _grouped_share(kernel: Kernel, gpu: Gpu) -> float:
-    rows = sum(ceil(count / _TILE) for count in kernel.rows_per_expert)
-    tiles = rows * ceil(kernel.columns / _TILE)
-    exact = kernel.rows * kernel.columns / _TILE**2
+    rows = sum(ceil(count / TILE) for count in kernel.rows_per_expert)
+    tiles = rows * ceil(kernel.columns / TILE)
+    exact = kernel.rows * kernel.columns / TILE**2
     return _wave_share(tiles, exact, kernel.depth, gpu.num_sms)
 
 

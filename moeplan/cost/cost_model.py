@@ -50,5 +50,8 @@ class CostModel:
 
         Reference: Williams, Waterman, Patterson, "Roofline", CACM 52, 2009.
         """
-        memory_s = kernel.size_bytes / (self.gpu.memory_bandwidth_bytes_per_s * self.gpu.memory_efficiency)
-        return max(memory_s, arithmetic_s(kernel, self.gpu))
+        return max(self.memory_s(kernel), arithmetic_s(kernel, self.gpu))
+
+    def memory_s(self, kernel: Kernel) -> float:
+        """Bytes over reachable bandwidth."""
+        return kernel.size_bytes / (self.gpu.memory_bandwidth_bytes_per_s * self.gpu.memory_efficiency)

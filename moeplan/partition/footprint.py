@@ -57,9 +57,12 @@ def states(plan: Plan, scenario: Scenario) -> Memory:
     return _states(asked_of(plan, scenario, *_WEIGHTS, "cp", "zero_dense", "zero_expert", "precision", *_STAGES))
 
 
-def held(plan: Plan, scenario: Scenario) -> Memory:
-    """Activations, buffers, scores over the vocabulary and cache of each pipeline rank, at its hottest place."""
-    return _held(asked_of(plan, scenario, "recompute", "overlap_degree", *TOKENS, *_STAGES))
+def held(plan: Plan, scenario: Scenario, *, evened: bool = False) -> Memory:
+    """Activations, buffers, scores over the vocabulary and cache of each pipeline rank, at its hottest place.
+
+    `evened`: as if all places got the same, which is no more than the hottest one has wherever experts stand.
+    """
+    return _held(asked_of(plan, scenario, "recompute", "overlap_degree", *TOKENS, *_STAGES, evened=evened))
 
 
 # ---- virtual stages

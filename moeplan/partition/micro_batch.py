@@ -33,15 +33,17 @@ class Asked:
     what: tuple[object, ...]
     plan: Plan = field(compare=False)
     scenario: Scenario = field(compare=False)
+    evened: bool = False
+    """Every place gets what the places of its group get on average."""
 
     def only(self, *names: str) -> Asked:
         """The same, if these fields of the plan are all that counts."""
-        return asked_of(self.plan, self.scenario, *names)
+        return asked_of(self.plan, self.scenario, *names, evened=self.evened)
 
 
-def asked_of(plan: Plan, scenario: Scenario, *names: str) -> Asked:
+def asked_of(plan: Plan, scenario: Scenario, *names: str, evened: bool = False) -> Asked:
     """The key of what depends on these fields of the plan, in this very scenario."""
-    return Asked((id(scenario), *(getattr(plan, name) for name in names)), plan, scenario)
+    return Asked((id(scenario), *(getattr(plan, name) for name in names)), plan, scenario, evened)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +158,8 @@ def rows_of(asked: Asked) -> Rows:
     layers = (*scenario.model.all_layers, *_prediction(asked))
     load = load_of(scenario, plan, rank_tokens=Tokens.of(plan, scenario.workload).rank)
     received_RG, sent_RG = _routed_tokens(layers, load)
+    if asked.evened:
+        received_RG, sent_RG = (each.mean(axis=1, keepdims=True) for each in (received_RG, sent_RG))
     by_layer = {id(layer): _layer_bytes(layer, plan, scenario) for layer in _distinct(layers)}
     table = [by_layer[id(layer)] for layer in layers]
 

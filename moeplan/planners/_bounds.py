@@ -42,9 +42,11 @@ class Bounds:
 
     scenario: Scenario
     coarse: bool = False
-    """Price uneven routing as if it were even, and no higher than that can cost: fast, and still a bound."""
+    """Bounds that hold wherever experts stand; under uneven routing they are faster than those of one placement."""
+    replicas: bool = True
+    """Coarse: of plans with at least one slot more on each place than experts need; else each expert stands once."""
     placement: Placement | None = None
-    """Of all plans that are asked for. The sum of the gradients of an expert's replicas is left out."""
+    """Not coarse: of all plans that are asked for. The sum of the gradients of an expert's replicas is left out."""
     prices: Prices = field(init=False)
     _chains: dict[tuple[object, ...], Chains] = field(default_factory=dict)
     _of_branch: dict[int, tuple[Branch, Chains]] = field(default_factory=dict)
@@ -52,7 +54,9 @@ class Bounds:
     _shapes: dict[tuple[object, ...], Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.prices = Prices(self.scenario, coarse=self.coarse, placement=self.placement)
+        self.prices = Prices(
+            self.scenario, coarse=self.coarse, replicas=self.replicas, placement=self.placement
+        )  # fmt: skip
 
     @cached_property
     def _shares(self) -> Shares:
@@ -379,7 +383,7 @@ class Bounds:
         parts_O = np.array(branch.overlap_degree, np.float64)
         tokens, _ = load.traffic(kind.moe)
         elements_O = tokens * prices.spread(load) * experts.expert_input / parts_O / grid.etp
-        sure = prices.sure(load)
+        sure = prices.sure
         there_O, back_O = (elements_O * prices.element_bytes(way) for way in ("dispatch", "combine"))
         for a, algorithm in enumerate(branch.all_to_all if grid.ep > 1 else ()):
             if prices.is_even:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import log
 
 import numpy as np
 
@@ -17,16 +18,19 @@ from moeplan.cost.cost_model import CostModel
 from moeplan.domain.model import Layer
 from moeplan.domain.placement import Placement
 from moeplan.domain.plan import DTYPE_BYTES, Capacity, Plan
-from moeplan.domain.program import Exchange, Floats, Pass, Work
+from moeplan.domain.program import Exchange, Floats, Pass
 from moeplan.domain.scenario import Scenario
 from moeplan.network.expand import Pattern, expand
 from moeplan.partition.route import Load, Tokens, load_of, node_blocks
+from moeplan.planners._anywhere import LeastExperts, least_reach, least_spread
 from moeplan.planners._wires import Wire as Wire
-from moeplan.planners._wires import busiest, first_done, least_of, least_reach, until
+from moeplan.planners._wires import busiest, first_done, least_of, until
 
 WORKS = ("mixer", "router", "dense", "shared", "merge")
 ENDS = ("embedding", "head", "prediction")
 PASSES = (Pass.FORWARD, Pass.BACKWARD, Pass.INPUT_GRADIENT, Pass.WEIGHT_GRADIENT)
+_SKEW_STEP = 0.1
+"""Layers whose hottest expert has up to a tenth more tokens than another's are of one class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +47,11 @@ class Prices:
 
     scenario: Scenario
     coarse: bool = False
+    """Price what holds wherever experts stand, and no more."""
+    replicas: bool = True
+    """Coarse: whether an expert may stand several times, else each stands once."""
     placement: Placement | None = None
+    """Not coarse: where experts stand."""
     cache: dict[tuple[object, ...], object] = field(default_factory=dict)
 
     @cached_property
@@ -75,7 +83,7 @@ class Prices:
         moe, model = 0, self.scenario.model
 
         def number(layer: Layer, moe: int) -> int:
-            key = (id(layer), -1 if self.is_even or not layer.is_moe else moe)
+            key = (id(layer), self._class(moe) if layer.is_moe else -1)
             if key not in found:
                 found[key] = len(kinds)
                 kinds.append(Kind(layer=layer, moe=moe))
@@ -88,6 +96,27 @@ class Prices:
         predicting = model.mtp.layers * model.mtp.depth if model.mtp else ()
         extra = tuple(number(layer, max(0, moe - 1)) for layer in predicting)
         return tuple(kinds), tuple(layers), extra
+
+    def _class(self, moe: int) -> int:
+        """Layers of one class are priced as one: all under even routing, none else; coarsely those of like skew."""
+        if self.scenario.routing is None or not self.coarse:
+            return -1 if self.is_even else moe
+        return round(self._skews[min(moe, len(self._skews) - 1)] / _SKEW_STEP)
+
+    @cached_property
+    def _skews(self) -> list[float]:
+        """Of each layer with experts the logarithm of what the hottest one gets over the mean."""
+        experts = min(layer.experts.num_experts for layer in self.scenario.model.all_layers if layer.experts)
+        load = load_of(self.scenario, self._plan(ep=experts), rank_tokens=4096)
+        assert load is not None
+        loads = [table.sum(axis=0) for table in load.tokens_SE_by_layer]
+        return [log(max(1.0, each.max() / each.mean())) if each.any() else 0.0 for each in loads]
+
+    def _alike(self, kind: Kind) -> list[int]:
+        """The layers with experts that `kind` stands for, by the number of such layers before them."""
+        kinds, of_layer, _ = self.kinds
+        moe = [number for number, layer in zip(of_layer, self.scenario.model.all_layers, strict=True) if layer.is_moe]
+        return [at for at, number in enumerate(moe) if kinds[number] is kind] or [kind.moe]
 
     def _plan(self, **degrees: object) -> Plan:
         choices = self.scenario.choices
@@ -145,19 +174,7 @@ class Prices:
         return Parts(model=self.scenario.model, plan=plan, workload=self.scenario.workload, load=load)
 
     def _seconds(self, parts: Parts, unit: int | None) -> float:
-        if unit is None:
-            return 0.0
-        work = parts.works[unit]
-        return self._least_s(work) if self.coarse and work.kind == "experts" else self.cost_model.cost(work).seconds
-
-    def _least_s(self, work: Work) -> float:
-        """Of a work whose rows may be spread in any way over its experts: no tile is wasted, no weight read."""
-        gpu, total = self.cost_model.gpu, 0.0
-        for kernel in work.kernels:
-            grouped = kernel.kind == "grouped_gemm"
-            peak = gpu.peak_flops_per_s[self.scenario.choices.precision.compute] * gpu.grouped_gemm_efficiency
-            total += max(kernel.flops / peak if grouped else self.cost_model.kernel_s(kernel), gpu.kernel_launch_s)
-        return total
+        return 0.0 if unit is None else self.cost_model.cost(parts.works[unit]).seconds
 
     def load(self, ep: int, etp: int, tp: int, cp: int, micro_batch: int) -> tuple[Plan, Load | None]:
         """The routing of one micro-batch over `ep` places."""
@@ -177,17 +194,26 @@ class Prices:
             rows = max(0.0, np.floor(table.sum() / table.shape[1] - 0.5))
             evened.append(np.broadcast_to(np.float64(rows / len(table)), table.shape))
         found = Load(tokens_SE_by_layer=tuple(evened), num_places=load.num_places, is_even=True)
-        self.cache["spread", id(found)] = (_least_spread(load), load, found)
-        self.cache["sure", id(found)] = float(all((_by_pair(load, moe) > 0).all() for moe in range(len(evened))))
+        self.cache["real", id(found)] = load
         return found
 
     def spread(self, load: Load) -> float:
         """What part of the traffic of even routing there is at least between places, and between blocks of places."""
-        return self.cache["spread", id(load)][0] if self.coarse else 1.0  # type: ignore[index]
+        if not self.coarse:
+            return 1.0
+        key = ("spread", id(load))
+        if key not in self.cache:
+            self.cache[key] = least_spread(self._real(load))
+        return self.cache[key]  # type: ignore[return-value]
 
-    def sure(self, load: Load) -> float:
-        """What part of an all-to-all's latency there is at least: none where some places have nothing for others."""
-        return float(self.cache["sure", id(load)]) if self.coarse else 1.0  # type: ignore[arg-type]
+    def _real(self, load: Load) -> Load:
+        """What an evened load was."""
+        return self.cache["real", id(load)]  # type: ignore[return-value]
+
+    @property
+    def sure(self) -> float:
+        """What part of an all-to-all's latency there is at least: none where a place may have nothing for others."""
+        return 0.0 if self.coarse else 1.0
 
     @staticmethod
     def counts_copies(algorithm: str) -> bool:
@@ -197,7 +223,7 @@ class Prices:
     def reach(self, load: Load, moe: int, members: tuple[int, ...], algorithm: str) -> Floats | None:
         """What each place has for each node, each token once; None for an algorithm that does not count so.
 
-        Priced as if it were even it is the same everywhere, and no more than in the layer that has least.
+        Coarsely it is the same everywhere, and no more than the node that gets most has in the layer that has least.
         """
         if not self.counts_copies(algorithm):
             return None
@@ -205,12 +231,13 @@ class Prices:
         assert block_G is not None
         if not self.coarse:
             return load.reach(moe, block_G)
-        uneven: Load = self.cache["spread", id(load)][1]  # type: ignore[index]
-        routing = uneven.chosen[moe].routing
-        alike = [other for other, each in enumerate(uneven.chosen) if each.routing is routing]
-        tables = [uneven.reach(other, block_G) for other in alike]
-        least = min(0.0 if table is None else least_reach(table, block_G) for table in tables)
-        return np.full((len(members), max(block_G) + 1), least)
+        real = self._real(load)
+        routing = real.chosen[moe].routing
+        alike = [other for other, each in enumerate(real.chosen) if each.routing is routing]
+        key = ("reach", id(load), id(routing), block_G)
+        if key not in self.cache:
+            self.cache[key] = np.full((len(members), max(block_G) + 1), least_reach(real, alike, block_G))
+        return self.cache[key]  # type: ignore[return-value]
 
     def experts(self, plan: Plan, load: Load | None, *, recompute: str, parts: int) -> Floats:
         """Seconds [kind, which, pass] of the experts on the smallest of `parts` parts, at two places.
@@ -226,6 +253,8 @@ class Prices:
         return self.cache[key]  # type: ignore[return-value]
 
     def _experts(self, plan: Plan, load: Load | None) -> Floats:
+        if self.coarse and load is not None:
+            return self._least_experts(plan, self._real(load))
         parts = self._parts(plan, load)
         table = np.zeros((len(self.kinds[0]), 2, len(PASSES)))
         steady = 0 if load is None else hottest_of_all(load)
@@ -236,6 +265,23 @@ class Prices:
                 for p, which in enumerate(PASSES):
                     unit = parts.experts(kind.layer.experts, which, moe=kind.moe, place=place, part=0)
                     table[k, at, p] = self._seconds(parts, unit)
+        return table
+
+    def _least_experts(self, plan: Plan, load: Load) -> Floats:
+        """Of each kind the least of its layers."""
+        table = np.zeros((len(self.kinds[0]), 2, len(PASSES)))
+        for k, kind in enumerate(self.kinds[0]):
+            if kind.layer.experts is None:
+                continue
+            every = [_sorted(load, moe) for moe in self._alike(kind)]
+            loads = {tokens_E.tobytes(): tokens_E for tokens_E in every}
+            for p, which in enumerate(PASSES):
+                least = LeastExperts(
+                    experts=kind.layer.experts, passes=which, plan=plan, cost_model=self.cost_model,
+                    replicas=self.replicas,
+                )  # fmt: skip
+                found = [least.seconds(tokens_E) for tokens_E in loads.values()]
+                table[k, :, p] = min(each.hottest for each in found), min(each.mean for each in found)
         return table
 
     def optimizer_s(self, parameters: Floats) -> Floats:
@@ -334,18 +380,6 @@ def _by_place(load: Load, moe: int) -> Floats:
     return np.asarray(by_expert.reshape(load.num_places, -1).sum(axis=1))
 
 
-def _by_pair(load: Load, moe: int) -> Floats:
-    table = load.tokens_SE_by_layer[moe]
-    return np.asarray(table.reshape(len(table), load.num_places, -1).sum(axis=2))
-
-
-def _least_spread(load: Load) -> float:
-    """What leaves blocks of neighbouring places over what would if all were even: the least of all layers."""
-    least, places = 1.0, load.num_places
-    for moe, table in enumerate(load.tokens_SE_by_layer):
-        total = table.sum()
-        share_GG = _by_pair(load, moe) / total if total else np.zeros((1, 1))
-        for block in (size for size in range(1, places) if places % size == 0):
-            cut = share_GG.reshape(places // block, block, places // block, block).sum(axis=(1, 3))
-            least = min(least, float((cut.sum() - np.trace(cut)) / (1 - block / places)))
-    return least
+def _sorted(load: Load, moe: int) -> Floats:
+    """Tokens of each expert of a layer, falling."""
+    return np.asarray(np.sort(load.tokens_SE_by_layer[moe].sum(axis=0))[::-1])

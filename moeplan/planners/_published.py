@@ -54,14 +54,14 @@ def _bounds_s(search: Search) -> list[tuple[float, int, bool]]:
 
     The least are looked at until the least of all has been, or the work is done.
     """
-    coarse, branches = search.coarse, search.space.branches
-    queue = [(float(coarse.bounds.pipeline_s(branch).min()), number, False) for number, branch in enumerate(branches)]
+    bounds, branches = search.more.bounds, search.space.branches
+    queue = [(float(bounds.pipeline_s(branch).min()), number, False) for number, branch in enumerate(branches)]
     heapify(queue)
     for _ in range(_LOOKS):
         bound_s, number, is_close = queue[0]
         if is_close:
             break
-        closer_s = max(bound_s, float(coarse.branch_s(branches[number]).min()))
+        closer_s = max(bound_s, float(search.anywhere_s(branches[number]).min()))
         heapreplace(queue, (closer_s, number, True))
     return queue
 
@@ -85,7 +85,7 @@ class Trials:
         if plan not in self.known_s:
             if self.is_over or not is_runnable(plan, self.search.scenario):
                 return inf
-            self.search.simulate(plan, self.search.steps.plan_s(plan))
+            self.search.simulate(plan, self.search.plan_s(plan))
             self.known_s[plan] = self.search.tried[-1].step_s
         return self.known_s[plan]
 
@@ -116,7 +116,7 @@ def plainest(search: Search, *, shards_experts: bool = False) -> Plan:
         sharded = replace(branch, zero_expert=(max(branch.zero_expert),)) if shards_experts else branch
         if (found := _best_set(search, sharded)) is not None:
             return found
-    raise InfeasibleError(f"{search.scenario.name}: no plan fits; use --planner exhaustive to see what binds")
+    raise InfeasibleError(f"{search.scenario.name}: no plan fits; use --planner ours to see what binds")
 
 
 def _departs(layout: Layout) -> tuple[object, ...]:
@@ -135,7 +135,7 @@ def _best_set(search: Search, branch: Branch) -> Plan | None:
     )
     if filled_share(space.plan(_leanest(plain), 0), scenario) > 1:
         return None
-    order = np.argsort(search.coarse.branch_s(plain), axis=None, kind="stable").tolist()
+    order = np.argsort(search.once.branch_s(plain), axis=None, kind="stable").tolist()
     return next((found for at in order if filled_share(found := space.plan(plain, at), scenario) <= 1), None)
 
 

@@ -61,7 +61,7 @@ def runners_up(search: Search) -> list[RunnerUp]:
         for tried in sorted(search.tried, key=lambda each: each.step_s)
         if tried is not best
     ]
-    known = [tried.plan for tried in search.tried]
+    known = [tried.plan.model_copy(update={"placement": None}) for tried in search.tried]
     for bound_s, plan in sorted(search.bounded, key=lambda each: each[0]):
         if plan not in known:
             seconds = show(bound_s, "s")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from moeplan.domain.program import Floats
 from moeplan.errors import InfeasibleError
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
+from moeplan.planners._places import best_placed, is_open, one_more
 from moeplan.planners._space import Branch, Space, no_layout
 from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
 
 Progress = Callable[[str, float, float], None]
+Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 _PATIENCE = 5
 """Times the time limit that the search goes on for as long as it has no plan at all."""
 _ROUNDING = 1e-9
@@ -32,6 +34,10 @@ EFFORT_TASKS, EFFORT_PLANS = 100_000, 8
 amount of work, not of time, so that the answer is the same anywhere."""
 EFFORT_LOOK = 5_000
 """Tasks that could be simulated while a plan is looked at layer by layer, as uneven routing asks for."""
+_SELDOM: dict[str, object] = {"arbitration": "fair"}
+_OFTEN: dict[str, object] = _SELDOM | {"zero_dense": 0, "zero_expert": 0}
+_FAR = 0.1
+"""Plans that differ in ZeRO from one that is farther from the best are left for later."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
 
@@ -43,8 +49,18 @@ class _Entry:
     bound_s: float
     number: int
     rank: int = field(compare=False)
-    """0: branch at a glance, 1: branch, 2: opened branch, 3: plan."""
+    """0: branch at a glance, 1: branch by its pipeline, 2: by those of its plans that fit, 3: opened, 4: plan."""
     what: object = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighed:
+    """A branch, of whose plans some fit."""
+
+    branch: Branch
+    fits: Flags
+    spare: Flags
+    """Which have room for replicas."""
 
 
 @dataclass(slots=True)
@@ -54,6 +70,7 @@ class _Opened:
     branch: Branch
     bounds_s: Floats
     order: np.ndarray[tuple[int], np.dtype[np.int64]]
+    spare: Flags
     at: int = 0
 
 
@@ -79,6 +96,8 @@ class Search:
     gap: float | None
     time_limit_s: float | None
     progress: Progress | None
+    places: bool = False
+    """Experts are placed, plan by plan, where routing is uneven; else they stand in blocks."""
     best: Tried | None = None
     tried: list[Tried] = field(default_factory=list)
     bounded: list[tuple[float, Plan]] = field(default_factory=list)
@@ -88,29 +107,37 @@ class Search:
     smallest: tuple[float, Plan] | None = None
     """Share of the usable memory, and the plan that needs least."""
     front_s: float = 0.0
+    placed_s: float = np.inf
+    """The least bound of the plans whose experts were placed: they might stand better still."""
     proven: bool = False
     simulated_tasks: int = 0
     looked_at: int = 0
     _queue: list[_Entry] = field(default_factory=list)
     _later: list[_Entry] = field(default_factory=list)
-    """Plans that differ in arbitration alone from one that was simulated and is not the best."""
-    _seen: set[Plan] = field(default_factory=set)
+    """Plans that differ little from simulated ones that are not good."""
+    _known_s: dict[Plan, float] = field(default_factory=dict)
+    """The least step of plans that differ little, by what they have in common."""
     _count: int = 0
 
     def __post_init__(self) -> None:
         if not self.space.branches:
             raise InfeasibleError(no_layout(self.space.scenario))
         self.scenario = self.space.scenario
-        self.steps = StepBounds(Bounds(self.scenario))
-        even = self.steps.bounds.prices.is_even
-        self.coarse = self.steps if even else StepBounds(Bounds(self.scenario, coarse=True))
+        self.exact = StepBounds(Bounds(self.scenario))
+        """Of experts in blocks."""
+        is_even = self.exact.bounds.prices.is_even
+        self.places = self.places and not is_even
+        self.once = self.exact if is_even else StepBounds(Bounds(self.scenario, coarse=True, replicas=False))
+        """Wherever they stand, each once."""
+        self.more = self.exact if is_even else StepBounds(Bounds(self.scenario, coarse=True))
+        """Wherever they stand, with at least one slot to spare on each place."""
         self.cost_model = CostModel(gpu=self.scenario.cluster.gpu)
 
     @property
     def lower_bound_s(self) -> float:
         """No plan of the space is faster."""
         assert self.best is not None
-        return min(self.front_s, self.best.step_s)
+        return min(self.front_s, self.placed_s, self.best.step_s)
 
     def run(self) -> None:
         """Until the best plan is proven, the time is over, or nothing is left. Raises InfeasibleError if nothing
@@ -127,12 +154,14 @@ class Search:
                 self._advance(heapq.heappop(self._queue))
             else:
                 entry = heapq.heappop(self._later)
-                self.simulate(entry.what, entry.bound_s)  # type: ignore[arg-type]
+                self.simulate(_plan_of(entry), entry.bound_s)
         else:
             self.front_s = np.inf
         if self.best is None:
             raise InfeasibleError(no_time(self) if self._queue else nothing_fits(self))
-        self.proven = self.front_s >= self.best.step_s * (1 - _ROUNDING)
+        if not self._is_late(started):
+            self._polish()
+        self.proven = self.lower_bound_s >= self.best.step_s * (1 - _ROUNDING)
 
     def unresolved(self) -> int:
         """Plans that were not simulated and may be faster than the best found: all of a branch that was not opened."""
@@ -142,6 +171,8 @@ class Search:
             if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
                 if isinstance(entry.what, Branch):
                     total += prod(len(values) for values in entry.what.lists)
+                elif isinstance(entry.what, _Weighed):
+                    total += int(entry.what.fits.sum())
                 elif isinstance(entry.what, _Opened):
                     opened = entry.what
                     total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
@@ -155,17 +186,21 @@ class Search:
 
     def _is_over(self, started: float) -> bool:
         if self.time_limit_s is not None:
-            limit_s = self.time_limit_s * (1 if self.best else _PATIENCE)
-            return time.monotonic() - started > limit_s
-        work = self.simulated_tasks + (0 if self.coarse is self.steps else self.looked_at * EFFORT_LOOK)
+            return self._is_late(started)
+        looks_closely = self.exact is not self.once and not self.places
+        work = self.simulated_tasks + (self.looked_at * EFFORT_LOOK if looks_closely else 0)
         return self.gap is None and work >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
+
+    def _is_late(self, started: float) -> bool:
+        limit_s = inf if self.time_limit_s is None else self.time_limit_s * (1 if self.best else _PATIENCE)
+        return time.monotonic() - started > limit_s
 
     def _bound_branches(self) -> None:
         branches = self.space.branches
         for number, branch in enumerate(branches):
             if self.progress is not None and number % 500 == 0:
                 self.progress("bounding layouts", number, len(branches))
-            self._push(self.coarse.bounds.floor_s(branch), 0, branch)
+            self._push(self._glance.bounds.floor_s(branch), 0, branch)
 
     def _push(self, bound_s: float, rank: int, what: object) -> None:
         self._count += 1
@@ -174,49 +209,111 @@ class Search:
     def _advance(self, entry: _Entry) -> None:
         if entry.rank == 0:
             assert isinstance(entry.what, Branch)
-            self._push(max(entry.bound_s, float(self.coarse.bounds.pipeline_s(entry.what).min())), 1, entry.what)
+            self._push(max(entry.bound_s, float(self._glance.bounds.pipeline_s(entry.what).min())), 1, entry.what)
         elif entry.rank == 1:
             assert isinstance(entry.what, Branch)
-            self._open(entry.what)
+            self._weigh(entry.what, entry.bound_s)
         elif entry.rank == 2:
+            assert isinstance(entry.what, _Weighed)
+            self._open(entry.what)
+        elif entry.rank == 3:
             assert isinstance(entry.what, _Opened)
             self._next_plan(entry.what)
         else:
             assert isinstance(entry.what, Plan)
-            alike = _but_for_arbitration(entry.what)
-            if alike not in self._seen or (self.best is not None and alike == _but_for_arbitration(self.best.plan)):
-                self._seen.add(alike)
+            if self._is_promising(entry.what):
                 self.simulate(entry.what, entry.bound_s)
             else:
                 heapq.heappush(self._later, entry)
 
-    def _open(self, branch: Branch) -> None:
-        """The plans of a branch that fit, best bound first."""
+    def _is_promising(self, plan: Plan) -> bool:
+        """Whether plans that differ in what seldom counts are not simulated yet, and those of other ZeRO stages are not
+        far from the best.
+        """
+        if self.best is None:
+            return True
+        far_s = self.best.step_s * (1 + _FAR)
+        return _but_for(plan, _SELDOM) not in self._known_s and self._known_s.get(_but_for(plan, _OFTEN), 0.0) <= far_s
+
+    def _polish(self) -> None:
+        """What was left for later of the plans that differ from the best in what seldom counts."""
+        assert self.best is not None
+        alike = _but_for(self.best.plan, _SELDOM)
+        chosen = [entry for entry in sorted(self._later) if _but_for(_plan_of(entry), _SELDOM) == alike]
+        for entry in chosen:
+            if entry.bound_s < self.best.step_s:
+                self._later.remove(entry)
+                self.simulate(_plan_of(entry), entry.bound_s)
+        heapq.heapify(self._later)
+
+    @property
+    def _glance(self) -> StepBounds:
+        return self.more if self.places else self.once
+
+    def anywhere_s(self, branch: Branch) -> Floats:
+        """[U, D, E]: a bound of every plan of a branch wherever experts stand, with or without replicas."""
+        return np.minimum(self.once.branch_s(branch), self.more.branch_s(branch))
+
+    def plan_s(self, plan: Plan, *, spare: bool = True) -> float:
+        """A bound of a plan wherever experts stand; `spare`: there may be replicas."""
+        once_s = self.once.plan_s(plan)
+        return min(once_s, self.more.plan_s(plan)) if spare and self.more is not self.once else once_s
+
+    def _weigh(self, branch: Branch, bound_s: float) -> None:
+        """Which plans of a branch fit, and the least that a pipeline of those takes."""
         sizes = [len(values) for values in branch.lists]
         share = np.broadcast_to(self._filled(branch)[..., None], sizes).ravel()
-        if (share > 1).all():
-            self._remember_smallest(branch, share, np.full(len(share), np.inf))
-            self.infeasible += len(share)
+        fits = share <= 1
+        self.infeasible += int((~fits).sum())
+        if not fits.all():
+            self._remember_smallest(branch, share)
+        if not fits.any():
             return
-        bounds = self.coarse.branch_s(branch)
-        every = np.broadcast_to(bounds[..., None], (*bounds.shape, sizes[-1])).ravel()
-        self._remember_smallest(branch, share, every)
-        order = np.argsort(every, kind="stable")
-        order = order[share[order] <= 1]
-        self.infeasible += len(every) - len(order)
-        self._push(float(every[order[0]]), 2, _Opened(branch, every, order))
+        spare = np.zeros(len(share), bool)
+        if self.places and branch.layout.ep > 1:
+            spare = fits & (np.broadcast_to(self._filled(branch, spare=True)[..., None], sizes).ravel() <= 1)
+        pipeline = np.repeat(self.once.bounds.pipeline_s(branch), len(share) // prod(sizes[:4]))
+        if spare.any():
+            more = np.repeat(self.more.bounds.pipeline_s(branch), len(share) // prod(sizes[:4]))
+            pipeline = np.where(spare, np.minimum(more, pipeline), pipeline)
+        self._push(max(bound_s, float(pipeline[fits].min())), 2, _Weighed(branch, fits, spare))
 
-    def _filled(self, branch: Branch) -> Floats:
-        """Share of the usable memory that the fullest rank needs, by all choices but arbitration."""
+    def _open(self, weighed: _Weighed) -> None:
+        """The plans of a branch that fit, best bound first."""
+        bounds = self._branch_s(weighed.branch, weighed.spare)
+        self._remember_too_big(weighed, bounds)
+        order = np.argsort(bounds, kind="stable")
+        order = order[weighed.fits[order]]
+        self._push(float(bounds[order[0]]), 3, _Opened(weighed.branch, bounds, order, weighed.spare))
+
+    def _branch_s(self, branch: Branch, spare: Flags) -> Floats:
+        """Of every plan; those with a slot to `spare` on each place may have replicas."""
+        sizes = [len(values) for values in branch.lists]
+
+        def every(bounds_UDE: Floats) -> Floats:
+            return np.broadcast_to(bounds_UDE[..., None], (*bounds_UDE.shape, sizes[-1])).ravel()
+
+        once = every(self.once.branch_s(branch))
+        return np.where(spare, every(self.anywhere_s(branch)), once) if spare.any() else once
+
+    def _filled(self, branch: Branch, *, spare: bool = False) -> Floats:
+        """Share of the usable memory that the fullest rank needs, by all choices but arbitration.
+
+        Where experts are placed, the least that any placement needs; `spare`: any with one slot more on each place.
+        """
         sizes = [len(values) for values in branch.lists]
         usable = self.scenario.cluster.gpu.usable_memory_bytes
+        slots = {"placement": one_more(self.scenario.model, branch.layout.ep)} if spare else {}
 
         def plan(*index: int) -> Plan:
             return self.space.plan(branch, int(np.ravel_multi_index(index, sizes)))
 
         staying = np.array(
             [
-                [footprint.states(plan(0, 0, 0, 0, d, e, 0), self.scenario).total_P for e in range(sizes[5])]
+                [
+                    footprint.states(plan(0, 0, 0, 0, d, e, 0).model_copy(update=slots), self.scenario).total_P
+                    for e in range(sizes[5])
+                ]
                 for d in range(sizes[4])
             ]
         )
@@ -225,35 +322,47 @@ class Search:
         for m, r, o in np.ndindex(sizes[0], sizes[1], sizes[3]):
             if hopeless and (m, r, o) != (0, sizes[1] - 1, 0):
                 continue  # one of the leanest is enough to tell by how much it fails
-            passing = footprint.held(plan(m, r, 0, o, 0, 0, 0), self.scenario).total_P
+            passing = footprint.held(plan(m, r, 0, o, 0, 0, 0), self.scenario, evened=self.places).total_P
             found[m, r, :, o] = (staying + passing).max(axis=2) / usable
         return found
 
-    def _remember_smallest(self, branch: Branch, share: Floats, bounds_s: Floats) -> None:
-        """The plan that comes nearest to fitting, and the fastest that does not, for those who ask why."""
+    def _remember_smallest(self, branch: Branch, share: Floats) -> None:
+        """The plan that comes nearest to fitting, for those who ask why."""
         least = int(share.argmin())
         if self.smallest is None or share[least] < self.smallest[0]:
             self.smallest = (float(share[least]), self.space.plan(branch, least))
-        over = np.where(share > 1, bounds_s, np.inf)
+
+    def _remember_too_big(self, weighed: _Weighed, bounds_s: Floats) -> None:
+        """The fastest plan that does not fit."""
+        over = np.where(weighed.fits, np.inf, bounds_s)
         fastest = int(over.argmin())
         if over[fastest] < (np.inf if self.too_big is None else self.too_big[0]):
-            self.too_big = (float(over[fastest]), self.space.plan(branch, fastest))
+            self.too_big = (float(over[fastest]), self.space.plan(weighed.branch, fastest))
 
     def _next_plan(self, opened: _Opened) -> None:
-        plan = self.space.plan(opened.branch, int(opened.order[opened.at]))
-        bound_s = float(opened.bounds_s[opened.order[opened.at]])
+        index = int(opened.order[opened.at])
+        plan = self.space.plan(opened.branch, index)
         opened.at += 1
         if opened.at < len(opened.order):
-            self._push(float(opened.bounds_s[opened.order[opened.at]]), 2, opened)
-        closer = max(bound_s, self.steps.plan_s(plan))
+            self._push(float(opened.bounds_s[opened.order[opened.at]]), 3, opened)
+        closer = max(float(opened.bounds_s[index]), self.plan_s(plan, spare=bool(opened.spare[index])))
+        if not self.places and self.exact is not self.once:
+            closer = max(closer, self.exact.plan_s(plan))
         self.looked_at += 1
-        self._push(closer, 3, plan)
+        self._push(closer, 4, plan)
         self.bounded.append((closer, plan))
         if len(self.bounded) > 4 * KEPT:
             self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]
 
     def simulate(self, plan: Plan, bound_s: float) -> None:
-        """Simulates a plan and remembers it."""
+        """Simulates a plan and remembers it; its experts are placed first where that is open."""
+        if self.places and plan.placement is None and is_open(plan, self.scenario):
+            self.placed_s = min(self.placed_s, bound_s)
+            placed = best_placed(plan, self.scenario)
+            if placed is None:
+                self.infeasible += 1
+                return
+            plan = placed
         timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
         self.simulated_tasks += len(timeline.program.tasks)
         peak = self.scenario.cluster.gpu.peak_flops_per_s[plan.precision.compute]
@@ -266,14 +375,24 @@ class Search:
             causes_s=breakdown_s(timeline),
         )
         self.tried.append(found)
+        for fields in (_SELDOM, _OFTEN):
+            alike = _but_for(plan, fields)
+            self._known_s[alike] = min(found.step_s, self._known_s.get(alike, np.inf))
         if self.best is None or found.step_s < self.best.step_s:
             self.best = found
         if self.progress is not None:
             self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
 
 
-def _but_for_arbitration(plan: Plan) -> Plan:
-    return plan.model_copy(update={"arbitration": "fair"})
+def _plan_of(entry: _Entry) -> Plan:
+    assert isinstance(entry.what, Plan)
+    return entry.what
+
+
+def _but_for(plan: Plan, fields: Mapping[str, object]) -> Plan:
+    """The plan with what does not count set to the same. Stages inside blocks change few groups."""
+    near = "tp-cp-dp-ep-pp" if plan.rank_order == "tp-cp-dp-ep-pp" else "tp-cp-ep-dp-pp"
+    return plan.model_copy(update={**fields, "rank_order": near, "placement": None})
 
 
 def no_time(search: Search) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from moeplan import menu
 from moeplan.compiler.compile_plan import orders
+from moeplan.domain.placement import Placement
 from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Floats
 from moeplan.partition.stages import pipeline
@@ -21,6 +22,7 @@ from moeplan.planners._chains import beside_s
 from moeplan.planners._groups import cheapest, grid_of
 from moeplan.planners._outline import outline_of
 from moeplan.planners._passes import Passes
+from moeplan.planners._places import one_more
 from moeplan.planners._ports import Ports, busiest_s
 from moeplan.planners._prices import Wire
 from moeplan.planners._space import Branch, branch_of
@@ -141,7 +143,7 @@ class StepBounds:
             scenario = self.bounds.scenario
             plan = Plan(
                 dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
-                stages=layout.stages, schedule=layout.schedule, placement=self.bounds.placement,
+                stages=layout.stages, schedule=layout.schedule, placement=self._slots(layout.ep),
             )  # fmt: skip
             stages = pipeline(scenario.model, plan, scenario.workload).stages
             found = [list(weights_of(stage, scenario.model, plan)) for stage in stages]
@@ -152,6 +154,11 @@ class StepBounds:
                 expert_layers=np.array([sum(w.expert > 0 for w in stage) for stage in found], np.float64),
             )
         return self._weights[key]
+
+    def _slots(self, ep: int) -> Placement | None:
+        """As many slots as the weights are counted for: where there may be replicas, one more than experts need."""
+        bounds = self.bounds
+        return one_more(bounds.scenario.model, ep) if bounds.coarse and bounds.replicas else bounds.placement
 
     def _wires(self, branch: Branch) -> tuple[Wire, Wire]:
         grid, none = grid_of(branch.layout), Wire()
@@ -207,12 +214,13 @@ class StepBounds:
 
     def plan_s(self, plan: Plan) -> float:
         """A closer bound of one plan: its passes run in the schedule's order, each as long as its chain."""
-        assert plan.placement == self.bounds.placement
+        assert self.bounds.coarse or plan.placement == self.bounds.placement
         machine = menu.module("schedules", plan.schedule)
         copies = machine.COPIES if self.bounds.training else 1
         branch = branch_of(plan, copies, (plan.dp * plan.cp * copies, plan.edp * copies))
         passes = self.bounds.passes(branch)
-        key = plan.model_copy(update={"zero_dense": 0, "zero_expert": 0, "arbitration": "fair"})
+        alike: dict[str, object] = {"zero_dense": 0, "zero_expert": 0, "arbitration": "fair"}
+        key = plan.model_copy(update=alike | ({"placement": None} if self.bounds.coarse else {}))
         if key not in self._ends:
             self._ends[key] = self._ends_s(plan, branch, passes)
         ends = self._ends[key]

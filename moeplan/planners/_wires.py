@@ -104,16 +104,3 @@ def _end_load(pattern: Pattern, cluster: Cluster, chosen_F: Flags, *, size: int)
         load = np.bincount(index.ravel(), weights=share)
         np.maximum.at(load_R, both[0], load / cluster.bandwidth_bytes_per_s_K[both[1]])
     return load_R
-
-
-def least_reach(reach_GB: Floats, block_G: tuple[int, ...]) -> float:
-    """A number such that no cut between neighbouring nodes, and no port, has less to carry than with it everywhere."""
-    sizes = np.bincount(block_G)
-    if np.ptp(sizes):
-        return float(reach_GB.min())
-    blocks, least = len(sizes), float(reach_GB.mean())
-    mean_BB = np.array([reach_GB[np.array(block_G) == block].mean(axis=0) for block in range(blocks)])
-    for part in (size for size in range(1, blocks) if blocks % size == 0):
-        apart_BB = np.subtract.outer(np.arange(blocks) // part, np.arange(blocks) // part) != 0
-        least = min(least, float(mean_BB[apart_BB].mean()))
-    return least

@@ -85,7 +85,7 @@ def plan(
     if answer is None:
         raise InfeasibleError(no_time(search))
     chosen = nearest_plan(search.space, wish_of(scenario, sharder, answer))
-    search.simulate(chosen, search.steps.plan_s(chosen))
+    search.simulate(chosen, search.plan_s(chosen))
     return certified(search, planner="alpa")
 
 
@@ -93,10 +93,10 @@ def _check(scenario: Scenario) -> None:
     where, schedules = scenario.name, scenario.choices.schedule
     if not scenario.workload.is_training:
         found = f"workload.phase {scenario.workload.phase!r}"
-        raise PlanError(f"{where}: {found}, but planner 'alpa' plans training steps; use --planner exhaustive")
+        raise PlanError(f"{where}: {found}, but planner 'alpa' plans training steps; use --planner ours")
     if schedules is not None and _SCHEDULE not in schedules:
         found = f"choose.schedule {', '.join(schedules)}"
-        raise PlanError(f"{where}: {found}, but planner 'alpa' runs {_SCHEDULE}; allow it, or use --planner exhaustive")
+        raise PlanError(f"{where}: {found}, but planner 'alpa' runs {_SCHEDULE}; allow it, or use --planner ours")
 
 
 # ---- what Alpa says
@@ -248,7 +248,7 @@ def nearest_plan(space: Space, wish: Wish) -> Plan:
             for each in dict.fromkeys((cut, chosen)):
                 if is_runnable(each, scenario):
                     return each
-    raise InfeasibleError(f"{scenario.name}: no plan with {_SCHEDULE} fits; use --planner exhaustive, or more GPUs")
+    raise InfeasibleError(f"{scenario.name}: no plan with {_SCHEDULE} fits; use --planner ours, or more GPUs")
 
 
 def _distance(layout: Layout, wish: Wish) -> float:

@@ -68,7 +68,7 @@ def _overlapped(search: Search, plain: Plan) -> Plan:
     degrees = degrees_of(search.scenario, plain, _DEGREES)
     if len(degrees) == 1:
         return plain
-    exchange, experts = fitted(search.steps.bounds, plain)
+    exchange, experts = fitted(search.exact.bounds, plain)
     chosen = plain.model_copy(update={"overlap_degree": best_degree(exchange, experts, degrees)})
     return chosen if is_runnable(chosen, search.scenario) else plain
 

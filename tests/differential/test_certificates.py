@@ -180,7 +180,7 @@ def test_no_bound_of_any_plan_is_above_its_simulated_step(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_no_coarse_bound_of_any_plan_is_above_its_simulated_step(name: str) -> None:
     space = Space(mp.load(name))
-    coarse = StepBounds(Bounds(space.scenario, coarse=True))
+    coarse = StepBounds(Bounds(space.scenario, coarse=True, replicas=False))
     bounds = [bound_s for branch in space.branches for bound_s in bounds_of(coarse, branch).tolist()]
     for bound_s, (plan, _, _, step_s) in zip(bounds, everything(name), strict=True):
         assert bound_s <= step_s * (1 + ROUNDING), plan
@@ -240,16 +240,15 @@ def test_no_bound_of_a_plan_with_a_placement_is_above_its_simulated_step(case: s
 
 
 def _check_bounds(scenario: mp.Scenario, count: int, *, placement: Placement | None = None) -> None:
-    space, steps = Space(scenario), StepBounds(Bounds(scenario, placement=placement))
-    coarse = StepBounds(Bounds(scenario, coarse=True, placement=placement))
+    """Those of this placement, and those of any placement, with replicas if this one has some."""
+    space = Space(scenario)
+    every = [Bounds(scenario, placement=placement), Bounds(scenario, coarse=True, replicas=placement is not None)]
     for plan, branch, index, step_s in drawn(scenario, space, count, placement=placement):
-        assert coarse.bounds.floor_s(branch) <= step_s * (1 + ROUNDING), plan
-        assert steps.bounds.floor_s(branch) <= step_s * (1 + ROUNDING), plan
-        assert coarse.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
-        assert bounds_of(coarse, branch)[index] <= step_s * (1 + ROUNDING), plan
-        assert steps.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
-        assert bounds_of(steps, branch)[index] <= step_s * (1 + ROUNDING), plan
-        assert steps.plan_s(plan) <= step_s * (1 + ROUNDING), plan
+        for steps in map(StepBounds, every):
+            assert steps.bounds.floor_s(branch) <= step_s * (1 + ROUNDING), plan
+            assert steps.bounds.pipeline_s(branch).min() <= step_s * (1 + ROUNDING), plan
+            assert bounds_of(steps, branch)[index] <= step_s * (1 + ROUNDING), plan
+            assert steps.plan_s(plan) <= step_s * (1 + ROUNDING), plan
 
 
 # plans that once broke a bound, the compiler or the simulator
