@@ -114,7 +114,7 @@ def plainest(search: Search, *, shards_experts: bool = False) -> Plan:
     """
     for branch in sorted(search.space.branches, key=lambda each: _departs(each.layout)):
         sharded = replace(branch, zero_expert=(max(branch.zero_expert),)) if shards_experts else branch
-        if (found := _best_set(search, sharded)) is not None:
+        if (found := best_set(search, sharded)) is not None:
             return found
     raise InfeasibleError(f"{search.scenario.name}: no plan fits; use --planner ours to see what binds")
 
@@ -126,8 +126,8 @@ def _departs(layout: Layout) -> tuple[object, ...]:
     return (split, -layout.ep, *way, layout.vpp, layout.schedule != "one_f_one_b", layout.copies)
 
 
-def _best_set(search: Search, branch: Branch) -> Plan | None:
-    """The plan of the least bound that fits, without overlap; None if not even the leanest fits."""
+def best_set(search: Search, branch: Branch) -> Plan | None:
+    """The plan of the least bound that fits, without overlap if that is allowed; None if not even the leanest fits."""
     space, scenario = search.space, search.scenario
     linear = "linear" if "linear" in branch.all_to_all else branch.all_to_all[0]
     plain = replace(
@@ -145,6 +145,12 @@ def _leanest(branch: Branch) -> Branch:
         branch, micro_batch=(min(branch.micro_batch),), recompute=(max(branch.recompute, key=RECOMPUTE.index),),
         zero_dense=(max(branch.zero_dense),), zero_expert=(max(branch.zero_expert),),
     )  # fmt: skip
+
+
+def is_alike(layout: Layout, plan: Plan) -> bool:
+    """Whether a layout is a plan's but for the degrees of its experts and the order of its ranks."""
+    names = ("dp", "tp", "cp", "pp", "vpp", "schedule", "stages")
+    return all(getattr(layout, name) == getattr(plan, name) for name in names)
 
 
 def degrees_of(scenario: Scenario, plan: Plan, published: tuple[int, ...]) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from moeplan.domain.plan import Plan
 from moeplan.domain.result import PlanResult
 from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Tokens, load_of
-from moeplan.planners._published import Trials, algorithms_of, certified, degrees_of, is_runnable, plainest
+from moeplan.planners._published import Trials, algorithms_of, certified, degrees_of, is_alike, is_runnable, plainest
 from moeplan.planners._search import Progress, Search
 from moeplan.planners._space import Space
 
@@ -107,12 +107,8 @@ def spreads(space: Space, plain: Plan) -> dict[int, Plan]:
     found: dict[int, Plan] = {}
     for branch in space.branches:
         layout = branch.layout
-        same = all(
-            getattr(layout, name) == getattr(plain, name)
-            for name in ("dp", "tp", "cp", "pp", "vpp", "schedule", "stages")
-        )
         r = layout.etp if layout.ep == plain.ep else 0
-        if same and r not in found and (layout.ep, layout.etp) in ((plain.ep, layout.etp), (1, 1)):
+        if is_alike(layout, plain) and r not in found and (layout.ep, layout.etp) in ((plain.ep, layout.etp), (1, 1)):
             degrees = {name: getattr(layout, name) for name in ("ep", "etp", "rank_order")}
             found[r] = plain.model_copy(update={**degrees, "zero_expert": max(branch.zero_expert)})
     return {r: found[r] for r in sorted(found) if is_runnable(found[r], space.scenario)}

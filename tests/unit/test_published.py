@@ -19,7 +19,7 @@ from moeplan.planners._search import Search
 from moeplan.planners._space import Space
 from moeplan.planners.pipemoe import Line, best_degree, fitted, layer_s, line_through, optimum
 
-NAMES = ("pipemoe", "tutel", "fastermoe")
+NAMES = ("pipemoe", "tutel", "fastermoe", "lina")
 EVERY = tuple(range(1, 65))
 
 
