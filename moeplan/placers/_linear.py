@@ -1,4 +1,4 @@
-"""A linear or integer programme given as arrays, solved by HiGHS in process.
+"""A linear or integer programme given as arrays, solved by HiGHS in process, or by CBC.
 
 PuLP builds a model term by term, which takes longer than solving it where there are ten thousand terms; and it does not
 tell the dual bound. A model here is made of blocks of variables and blocks of rows.
@@ -15,6 +15,10 @@ import numpy.typing as npt
 
 from moeplan.domain.placement import Floats, Ints
 from moeplan.errors import PlanError
+from moeplan.placers._cbc import values_of
+
+_COLUMN = "c"
+"""What HiGHS calls a variable in a file, before its number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,19 +67,32 @@ class Model:
 
         The bound is minus infinity where HiGHS has none. Raises PlanError where HiGHS refuses the model.
         """
-        make: Any = highspy.Highs  # its constructor has no types
-        solver = make()
-        options = {"output_flag": False, "threads": 1, "random_seed": 0, "mip_rel_gap": gap}
-        limits = {"time_limit": time_limit_s} | ({"mip_max_nodes": nodes} if nodes else {})
-        for name, value in (options | limits).items():
-            solver.setOptionValue(name, value)
-        if solver.passModel(self.lp()) == highspy.HighsStatus.kError:
-            raise PlanError("placement: HiGHS refuses the model; report the load that it was built from")
+        options: dict[str, Any] = {"threads": 1, "random_seed": 0, "mip_rel_gap": gap, "time_limit": time_limit_s}
+        solver = self._given_to_highs(options | ({"mip_max_nodes": nodes} if nodes else {}))
         solver.run()
         info, found = solver.getInfo(), solver.getSolution()
         values = np.array(found.col_value) if found.value_valid else None
         is_whole = bool(np.concatenate(self.whole).any())
         return Solution(values=values, bound=float(info.mip_dual_bound if is_whole else info.objective_function_value))
+
+    def solve_by_cbc(self, *, gap: float = 0.0, time_limit_s: float | None = None) -> Solution:
+        """What CBC finds, without a bound; no values where it is missing, had to be stopped or found none."""
+        solver = self._given_to_highs({})
+        found = values_of(solver.writeModel, gap=gap, time_limit_s=time_limit_s)
+        if found is None:
+            return Solution(values=None, bound=-np.inf)
+        values = np.zeros(self.num_variables)
+        values[[int(name.removeprefix(_COLUMN)) for name in found]] = list(found.values())
+        return Solution(values=values, bound=-np.inf)
+
+    def _given_to_highs(self, options: dict[str, Any]) -> Any:
+        make: Any = highspy.Highs  # its constructor has no types
+        solver = make()
+        for name, value in ({"output_flag": False} | options).items():
+            solver.setOptionValue(name, value)
+        if solver.passModel(self.lp()) == highspy.HighsStatus.kError:
+            raise PlanError("placement: HiGHS refuses the model; report the load that it was built from")
+        return solver
 
     def lp(self) -> highspy.HighsLp:
         """The model by columns, as HiGHS takes it."""
