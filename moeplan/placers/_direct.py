@@ -19,6 +19,7 @@ import pulp
 from moeplan.domain.placement import Floats, LayerPlacement, PlacementProblem
 from moeplan.placers._cbc import solve_programme
 from moeplan.placers._counts import any_counts, options
+from moeplan.placers._highs import hush
 from moeplan.placers._split import best_shares
 
 _TOLERANCE = 2e-6
@@ -75,6 +76,7 @@ def written_out(problem: PlacementProblem, *, high: float) -> Model:
 def solved_by_highs(problem: PlacementProblem, model: Model, *, gap: float, time_limit_s: float) -> Answer:
     """What HiGHS finds and proves."""
     solver = pulp.HiGHS(msg=False, threads=1, gapRel=gap, gapAbs=0.0, timeLimit=max(0.1, time_limit_s), random_seed=0)
+    hush()
     model.programme.solve(solver)
     info = model.programme.solverModel.getInfo()
     bound = (info.mip_dual_bound - _TOLERANCE) * model.scale if np.isfinite(info.mip_dual_bound) else 0.0

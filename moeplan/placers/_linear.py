@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moeplan.domain.placement import Floats, Ints
 from moeplan.errors import PlanError
 from moeplan.placers._cbc import values_of
+from moeplan.placers._highs import solver_of
 
 _COLUMN = "c"
 """What HiGHS calls a variable in a file, before its number."""
@@ -67,8 +68,8 @@ class Model:
 
         The bound is minus infinity where HiGHS has none. Raises PlanError where HiGHS refuses the model.
         """
-        options: dict[str, Any] = {"threads": 1, "random_seed": 0, "mip_rel_gap": gap, "time_limit": time_limit_s}
-        solver = self._given_to_highs(options | ({"mip_max_nodes": nodes} if nodes else {}))
+        limits = {"time_limit": time_limit_s} | ({"mip_max_nodes": nodes} if nodes else {})
+        solver = self.given_to(solver_of(random_seed=0, mip_rel_gap=gap, **limits))
         solver.run()
         info, found = solver.getInfo(), solver.getSolution()
         values = np.array(found.col_value) if found.value_valid else None
@@ -77,19 +78,15 @@ class Model:
 
     def solve_by_cbc(self, *, gap: float = 0.0, time_limit_s: float | None = None) -> Solution:
         """What CBC finds, without a bound; no values where it is missing, had to be stopped or found none."""
-        solver = self._given_to_highs({})
-        found = values_of(solver.writeModel, gap=gap, time_limit_s=time_limit_s)
+        found = values_of(self.given_to(solver_of()).writeModel, gap=gap, time_limit_s=time_limit_s)
         if found is None:
             return Solution(values=None, bound=-np.inf)
         values = np.zeros(self.num_variables)
         values[[int(name.removeprefix(_COLUMN)) for name in found]] = list(found.values())
         return Solution(values=values, bound=-np.inf)
 
-    def _given_to_highs(self, options: dict[str, Any]) -> Any:
-        make: Any = highspy.Highs  # its constructor has no types
-        solver = make()
-        for name, value in ({"output_flag": False} | options).items():
-            solver.setOptionValue(name, value)
+    def given_to(self, solver: Any) -> Any:
+        """The solver, with this model. Raises PlanError where HiGHS refuses it."""
         if solver.passModel(self.lp()) == highspy.HighsStatus.kError:
             raise PlanError("placement: HiGHS refuses the model; report the load that it was built from")
         return solver

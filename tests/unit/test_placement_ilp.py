@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -239,3 +240,30 @@ def test_few_moves_are_kept_to() -> None:
     assert value(problem, answer.placement) == 5.0
     assert answer.placement.moves_from(now) <= 2
     assert 4.99 < answer.bound <= 5.0
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "from moeplan.placers._highs import solver_of; solver_of(); solver_of().writeModel('/dev/null')",
+        "problem = PlacementProblem(tokens_SE=[4.0, 3.0, 2.0], num_gpus=2, slots=4)\n"
+        "solved_by_highs(problem, written_out(problem, high=9.0), gap=0.0, time_limit_s=5)",
+    ],
+    ids=["arrays", "PuLP"],
+)
+def test_solvers_say_nothing_on_standard_output(lines: str) -> None:
+    """Where a command prints one document, nothing else may stand."""
+    imports = [
+        "from moeplan.domain.placement import PlacementProblem",
+        "from moeplan.placers._direct import solved_by_highs, written_out",
+    ]
+    script = "\n".join([*imports, lines])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
+
+
+def test_a_solver_is_made_where_standard_output_is_closed() -> None:
+    script = "import os; os.close(1); from moeplan.placers._highs import solver_of; solver_of().run()"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode in (0, 120), (
+        "120: Python cannot flush"
+    )
