@@ -147,7 +147,6 @@ def replay(
         found: PlacedLayer = dish(problem, rng=np.random.default_rng([seed, numbers[layer]]), time_limit_s=time_limit_s)
         return found
 
-    place(problems_TL[0][0], 0)  # Once for the compilers: their seconds must not count as the first layer's.
     fresh_TL = []
     for step, problem_L in enumerate(problems_TL):
         fresh_TL.append(tuple(place(problem, layer) for layer, problem in enumerate(problem_L)))

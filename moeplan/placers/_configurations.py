@@ -19,12 +19,12 @@ Axes of arrays: E expert, O option, J configuration, C item of a configuration, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
 
 import highspy
 import numpy as np
 
 from moeplan.domain.placement import Floats, Ints, PlacementProblem
+from moeplan.jit import clock_s
 from moeplan.placers._counts import ROUNDING, Options, Range, any_counts, options
 from moeplan.placers._highs import solver_of
 from moeplan.placers._pricing import best_sets
@@ -93,7 +93,7 @@ class ConfigurationLP:
             return Prices(price_E=np.zeros(self._problem.num_experts), slot_price=0.0)
         self._allow(found, limit=limit)
         for _ in range(_ROUNDS):
-            if perf_counter() > stop_s:
+            if clock_s() > stop_s:
                 return None
             self._solver.run()
             if self._solver.getInfo().objective_function_value <= self._problem.num_gpus * (1 + 1e-9):

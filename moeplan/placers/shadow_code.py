@@ -5,11 +5,10 @@ Reference: FastMoE repository, `fmoe/fastermoe/shadow_policy.py`.
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import numpy as np
 
 from moeplan.domain.placement import PlacedLayer, PlacementProblem
+from moeplan.jit import clock_s
 from moeplan.placers._shadow import code_rule, shadowed
 
 
@@ -18,4 +17,4 @@ def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: 
 
     The rule stops where the next expert is as hot. Before that, with nothing to pay for a shadow, slots alone end it.
     """
-    return shadowed(problem, code_rule, start_s=perf_counter())
+    return shadowed(problem, code_rule, start_s=clock_s())

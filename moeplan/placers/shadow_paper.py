@@ -6,11 +6,10 @@ Reference: He et al., "FasterMoE: Modeling and optimizing training of large-scal
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import numpy as np
 
 from moeplan.domain.placement import PlacedLayer, PlacementProblem
+from moeplan.jit import clock_s
 from moeplan.placers._shadow import paper_rule, shadowed
 
 
@@ -19,4 +18,4 @@ def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: 
 
     The rule stops where the fullest GPU does not fall: at the first of several experts that are equally hot.
     """
-    return shadowed(problem, paper_rule, start_s=perf_counter())
+    return shadowed(problem, paper_rule, start_s=clock_s())
