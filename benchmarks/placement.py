@@ -26,11 +26,14 @@ import numpy as np
 
 from moeplan.domain.placement import Floats, LayerPlacement, PlacementProblem
 from moeplan.errors import PlanError
-from moeplan.placers import block, eplb, ilp, lpt, smartmoe_greedy
+from moeplan.placers import block, eplb, ilp, lpt, shadow_code, shadow_paper, smartmoe_greedy
 from moeplan.placers._check import value
 from moeplan.routers import drifting
 
-OTHERS = {"block": block, "lpt": lpt, "smartmoe": smartmoe_greedy, "eplb": eplb}
+OTHERS = {
+    "block": block, "lpt": lpt, "smartmoe": smartmoe_greedy, "shadow_paper": shadow_paper, "shadow_code": shadow_code,
+    "eplb": eplb,
+}  # fmt: skip
 BELOW_EPLB = 0.10
 """How far below EPLB the hard row wants ours to be, in the mean."""
 Load = Callable[[int], Floats]
@@ -197,7 +200,7 @@ def published_eplb(path: Path) -> Raw:
 
 def line(result: Result) -> str:
     """A row of the table."""
-    others = " ".join(f"{'-' if ratio is None else format(ratio, '.4f'):>9}" for ratio in result.others.values())
+    others = " ".join(f"{'-' if ratio is None else format(ratio, '.4f'):>12}" for ratio in result.others.values())
     return (
         f"{result.name:36} {result.number:3} {result.seconds:7.3f} {result.most_s:7.2f} {result.value:8.4f} "
         f"{result.bound:8.4f} {result.gap:7.3%} {result.most_gap:7.3%} {others}  {'met' if result.is_met else 'MISSED'}"
@@ -218,7 +221,7 @@ def main() -> int:
     names = [*OTHERS, *(["published"] if published else [])]
     if not asked.json:
         print(f"{'layers':36} {'n':>3} {'CPU s':>7} {'most':>7} {'ours':>8} {'bound':>8} {'gap':>7} {'most':>7}", *(
-            f"{name:>9}" for name in names
+            f"{name:>12}" for name in names
         ))  # fmt: skip
     results = []
     for row in rows(asked.trace):

@@ -1,4 +1,4 @@
-"""Compiled functions: numba with the settings that hot loops need.
+"""Compiled functions: numba with the settings that hot loops need, and a clock that leaves out the compiling.
 
 What is compiled is kept on disk, beside the source or in the user's cache; where neither can be written, it is compiled
 anew in each process.
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core.event import Event, Listener, register
 
 njit: Any = numba.njit
 """Of any type, since some of the options used here are not among numba's declared ones."""
@@ -20,6 +22,37 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _CALLED = {"simulator": ("network",)}
 """Whose compiled functions those of a folder call."""
 _INNER = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+class _Compiling(Listener):
+    """Seconds in which functions were compiled or loaded. One compiles those that it calls, so starts are counted."""
+
+    def __init__(self) -> None:
+        self.depth, self.since_s, self.total_s = 0, 0.0, 0.0
+
+    def on_start(self, event: Event) -> None:
+        """The outermost start counts."""
+        if self.depth == 0:
+            self.since_s = perf_counter()
+        self.depth += 1
+
+    def on_end(self, event: Event) -> None:
+        """As does the outermost end."""
+        self.depth -= 1
+        if self.depth == 0:
+            self.total_s += perf_counter() - self.since_s
+
+
+_compiling = _Compiling()
+register("numba:compiler_lock", _compiling)  # type: ignore[no-untyped-call]
+
+
+def clock_s() -> float:
+    """Seconds that pass, but for those in which functions are compiled: what a limit of time is measured by.
+
+    Else the first call in a process, or the first after a change, would spend its limit on the compiler.
+    """
+    return perf_counter() - _compiling.total_s
 
 
 def compiled(function: _Function) -> _Function:

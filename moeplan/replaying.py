@@ -131,8 +131,9 @@ def replay(
 
     `trace` is a file or an array of counts [step, layer, expert] or [step, layer, source, expert]; with `batch_tokens`
     a file of expert ids [token, layer, pick], of `experts` experts, cut into steps of so many tokens. With `scenario`
-    time is the layer's seconds, moves included. `options` go to the policies that have them: every, threshold, window,
-    max_moves. With split optimal each step's tokens are split anew. Raises CatalogueError, PlanError, InfeasibleError.
+    time is the layer's seconds, moves included. `options` go to the policies that have them: every, threshold, horizon,
+    move_cost, window, max_moves. With split optimal each step's tokens are split anew.
+    Raises CatalogueError, PlanError, InfeasibleError.
     """
     given = None if scenario is None else load_scenario(scenario)
     chosen = _policies(policy, options)
@@ -147,7 +148,6 @@ def replay(
         found: PlacedLayer = dish(problem, rng=np.random.default_rng([seed, numbers[layer]]), time_limit_s=time_limit_s)
         return found
 
-    place(problems_TL[0][0], 0)  # Once for the compilers: their seconds must not count as the first layer's.
     fresh_TL = []
     for step, problem_L in enumerate(problems_TL):
         fresh_TL.append(tuple(place(problem, layer) for layer, problem in enumerate(problem_L)))
@@ -356,8 +356,9 @@ def _seen(record: _Record, now: _InForce, tokens_TSE: Floats, costs: list[float]
     cost_T = np.array(costs)
     cost_T.setflags(write=False)
     return Seen(
-        tokens_TSE=tokens_TSE, cost_T=cost_T, placement=now.placement, placed_step=now.step,
-        promised_cost=now.promised_cost, move_s=record.migration.move_s if record.migration else None,
+        tokens_TSE=tokens_TSE, cost_T=cost_T, num_gpus=record.problems_TL[0][0].num_gpus, placement=now.placement,
+        placed_step=now.step, promised_cost=now.promised_cost,
+        move_s=record.migration.move_s if record.migration else None,
     )  # fmt: skip
 
 

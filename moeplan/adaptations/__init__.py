@@ -41,6 +41,8 @@ class Seen:
     cost_T: Floats
     """Of each step under the placement then in force: tokens of the fullest GPU over those of the mean one, or where
     there are prices the layer's seconds over the mean GPU's tokens."""
+    num_gpus: int
+    """Of the expert-parallel group, those that hold nothing included."""
     placement: LayerPlacement
     """In force now."""
     placed_step: int

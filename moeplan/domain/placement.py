@@ -171,6 +171,7 @@ class PlacedLayer:
     proof: str
     """How the bound was found, as a sentence."""
     seconds: float
+    """Of the placer's work, without those in which functions were compiled."""
 
     @property
     def gap(self) -> float:

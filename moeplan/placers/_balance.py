@@ -5,11 +5,10 @@ Axes of arrays: E expert, G GPU, C slot of a GPU, R replica.
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import numpy as np
 
 from moeplan.domain.placement import Floats, Ints, LayerPlacement
+from moeplan.jit import clock_s
 from moeplan.placers._anneal import annealed, apportioned, descended, packed, state_of
 
 _WALKS = (50_000, 200_000, 400_000, 800_000, 1_600_000, 3_200_000)
@@ -43,7 +42,7 @@ def balanced(
     at_GC = descended(at_GC, tokens_E, target)
     best, mean = state_of(at_GC, tokens_E).load_G.max(), tokens_E.sum() / gpus
     for steps in _WALKS[:walks]:
-        if best <= target or gpus == 1 or perf_counter() > stop_s:
+        if best <= target or gpus == 1 or clock_s() > stop_s:
             break
         hot = max(_COOLEST, _HOT * ((best - target) / mean) ** 2) if steps > _WALKS[0] else _COOLEST
         found_GC = annealed(

@@ -19,13 +19,14 @@ Axes of arrays: E expert, O option, J configuration, C item of a configuration, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
 
 import highspy
 import numpy as np
 
 from moeplan.domain.placement import Floats, Ints, PlacementProblem
+from moeplan.jit import clock_s
 from moeplan.placers._counts import ROUNDING, Options, Range, any_counts, options
+from moeplan.placers._highs import solver_of
 from moeplan.placers._pricing import best_sets
 
 _WORTH = 1 + 1e-7
@@ -81,11 +82,8 @@ class ConfigurationLP:
         self._expert_JC = np.zeros((0, problem.slots_per_gpu), np.int64)
         self._count_JC = np.ones((0, problem.slots_per_gpu), np.int64)
         self._known: set[bytes] = set()
-        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
         # The primal simplex goes on from the last basis when columns come in; the dual one took three times as long.
-        settings: dict[str, bool | int | str] = {"output_flag": False, "threads": 1}
-        for name, setting in (settings | {"presolve": "off", "simplex_strategy": 4}).items():
-            self._solver.setOptionValue(name, setting)
+        self._solver = solver_of(presolve="off", simplex_strategy=4)
         self._add_rows()
 
     def solve(self, *, limit: float, within: Range, stop_s: float) -> Prices | Fractions | None:
@@ -95,7 +93,7 @@ class ConfigurationLP:
             return Prices(price_E=np.zeros(self._problem.num_experts), slot_price=0.0)
         self._allow(found, limit=limit)
         for _ in range(_ROUNDS):
-            if perf_counter() > stop_s:
+            if clock_s() > stop_s:
                 return None
             self._solver.run()
             if self._solver.getInfo().objective_function_value <= self._problem.num_gpus * (1 + 1e-9):

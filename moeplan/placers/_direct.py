@@ -1,8 +1,7 @@
 """The placement problem written out as one integer programme, for small layers, free splits and budgets of moves.
 
-PuLP builds it, since it is small. HiGHS solves it in process; CBC is a second opinion, run as a program that can be
-stopped, since it overruns its own limits. Neither's word is taken: a placement is read off its places alone, and the
-bound is HiGHS' dual bound less its tolerance.
+PuLP builds it, since it is small. HiGHS solves it in process; CBC is a second opinion. Neither's word is taken: a
+placement is read off its places alone, and the bound is HiGHS' dual bound less its tolerance.
 
 Variables: `on[e, k, g]` says that expert e has k replicas of which one is on GPU g, where the split is even; `on[e, g]`
 and `part[e, g]`, the tokens of e that g serves, where it is free. Tokens are in means of a GPU.
@@ -11,24 +10,20 @@ Axes of arrays: E expert, G GPU.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pulp
 
 from moeplan.domain.placement import Floats, LayerPlacement, PlacementProblem
+from moeplan.placers._cbc import solve_programme
 from moeplan.placers._counts import any_counts, options
+from moeplan.placers._highs import hush
 from moeplan.placers._split import best_shares
 
 _TOLERANCE = 2e-6
 """Of HiGHS' rows and of its bound, in means of a GPU: twice its 1e-6."""
-_GRACE_S = 2.0
-"""What CBC gets beyond its limit before it is stopped."""
 Terms = dict[tuple[int, int], list[tuple[int, pulp.LpVariable]]]
 """Of expert e on GPU g: each possible number of replicas, and the variable that says so."""
 
@@ -81,6 +76,7 @@ def written_out(problem: PlacementProblem, *, high: float) -> Model:
 def solved_by_highs(problem: PlacementProblem, model: Model, *, gap: float, time_limit_s: float) -> Answer:
     """What HiGHS finds and proves."""
     solver = pulp.HiGHS(msg=False, threads=1, gapRel=gap, gapAbs=0.0, timeLimit=max(0.1, time_limit_s), random_seed=0)
+    hush()
     model.programme.solve(solver)
     info = model.programme.solverModel.getInfo()
     bound = (info.mip_dual_bound - _TOLERANCE) * model.scale if np.isfinite(info.mip_dual_bound) else 0.0
@@ -89,33 +85,10 @@ def solved_by_highs(problem: PlacementProblem, model: Model, *, gap: float, time
     return Answer(placement=_read(problem, model) if found else None, bound=max(0.0, bound))
 
 
-def cbc_path() -> str | None:
-    """Where CBC is: on the path, or beside PuLP, which has it up to 3.x; None where it is missing."""
-    bundled = getattr(pulp.apis.PULP_CBC_CMD, "pulp_cbc_path", None)
-    return shutil.which("cbc") or (bundled if bundled and Path(bundled).exists() else None)
-
-
 def solved_by_cbc(problem: PlacementProblem, model: Model, *, gap: float, time_limit_s: float) -> Answer:
     """What CBC finds, without a bound; nothing where CBC is missing or had to be stopped."""
-    program = cbc_path()
-    if program is None:
-        return Answer(placement=None, bound=0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        task, result = Path(folder, "placement.mps"), Path(folder, "placement.sol")
-        model.programme.writeMPS(str(task), rename=False)
-        limits = ["sec", str(time_limit_s), "ratio", str(gap), "threads", "1"]
-        try:
-            subprocess.run(
-                [program, str(task), *limits, "branch", "solu", str(result)],
-                timeout=time_limit_s + _GRACE_S, capture_output=True, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return Answer(placement=None, bound=0.0)
-        lines = result.read_text(encoding="utf-8").splitlines()[1:] if result.exists() else []
-    value = {line.split()[-3]: float(line.split()[-2]) for line in lines}
-    for variable in model.programme.variables():
-        variable.varValue = value.get(variable.name, 0.0)
-    return Answer(placement=_read(problem, model) if value else None, bound=0.0)
+    found = solve_programme(model.programme, gap=gap, time_limit_s=time_limit_s)
+    return Answer(placement=_read(problem, model) if found else None, bound=0.0)
 
 
 def _even_variables(programme: pulp.LpProblem, problem: PlacementProblem, *, high: float) -> Terms:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 
 import numpy as np
 
 from moeplan.domain.placement import LayerPlacement, PlacementProblem
 from moeplan.errors import PlanError
+from moeplan.jit import clock_s
 from moeplan.placers._branching import refuted
 from moeplan.placers._check import check, value
 from moeplan.placers._configurations import ConfigurationLP, Fractions, Prices, stretched
@@ -48,7 +48,7 @@ class Search:
 
     def is_done(self) -> bool:
         """Whether the wanted gap is proven, or time is up."""
-        return self.value <= self.bound * (1 + self.gap) or perf_counter() >= self.stop_s
+        return self.value <= self.bound * (1 + self.gap) or clock_s() >= self.stop_s
 
     def offer(self, placement: LayerPlacement) -> bool:
         """Whether the placement is legal and the best so far; it then is the answer. An illegal one is told."""
@@ -93,7 +93,7 @@ def _solve_whole(search: Search) -> None:
     if search.is_done():
         return
     model = written_out(search.problem, high=search.value)
-    answer = solved_by_highs(search.problem, model, gap=search.gap / 2, time_limit_s=search.stop_s - perf_counter())
+    answer = solved_by_highs(search.problem, model, gap=search.gap / 2, time_limit_s=search.stop_s - clock_s())
     if answer.placement is not None:
         search.offer(answer.placement)
     search.prove(answer.bound, _WHOLE)
@@ -132,7 +132,7 @@ def _bisect(search: Search, settles: Callable[[Search, float], bool], proof: str
 
 def _paired(search: Search, limit: float) -> bool:
     """Whether the ILP of pairs refutes the limit; counts that it finds are packed."""
-    answer = pairable(search.problem, limit=limit, time_limit_s=search.stop_s - perf_counter())
+    answer = pairable(search.problem, limit=limit, time_limit_s=search.stop_s - clock_s())
     if answer.count_E is not None:
         search.offer(long_walks(search.problem, answer.count_E, target=limit, rng=search.rng))
     return answer.refuted

@@ -1,4 +1,4 @@
-"""A linear or integer programme given as arrays, solved by HiGHS in process.
+"""A linear or integer programme given as arrays, solved by HiGHS in process, or by CBC.
 
 PuLP builds a model term by term, which takes longer than solving it where there are ten thousand terms; and it does not
 tell the dual bound. A model here is made of blocks of variables and blocks of rows.
@@ -15,6 +15,11 @@ import numpy.typing as npt
 
 from moeplan.domain.placement import Floats, Ints
 from moeplan.errors import PlanError
+from moeplan.placers._cbc import values_of
+from moeplan.placers._highs import solver_of
+
+_COLUMN = "c"
+"""What HiGHS calls a variable in a file, before its number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,19 +68,28 @@ class Model:
 
         The bound is minus infinity where HiGHS has none. Raises PlanError where HiGHS refuses the model.
         """
-        make: Any = highspy.Highs  # its constructor has no types
-        solver = make()
-        options = {"output_flag": False, "threads": 1, "random_seed": 0, "mip_rel_gap": gap}
         limits = {"time_limit": time_limit_s} | ({"mip_max_nodes": nodes} if nodes else {})
-        for name, value in (options | limits).items():
-            solver.setOptionValue(name, value)
-        if solver.passModel(self.lp()) == highspy.HighsStatus.kError:
-            raise PlanError("placement: HiGHS refuses the model; report the load that it was built from")
+        solver = self.given_to(solver_of(random_seed=0, mip_rel_gap=gap, **limits))
         solver.run()
         info, found = solver.getInfo(), solver.getSolution()
         values = np.array(found.col_value) if found.value_valid else None
         is_whole = bool(np.concatenate(self.whole).any())
         return Solution(values=values, bound=float(info.mip_dual_bound if is_whole else info.objective_function_value))
+
+    def solve_by_cbc(self, *, gap: float = 0.0, time_limit_s: float | None = None) -> Solution:
+        """What CBC finds, without a bound; no values where it is missing, had to be stopped or found none."""
+        found = values_of(self.given_to(solver_of()).writeModel, gap=gap, time_limit_s=time_limit_s)
+        if found is None:
+            return Solution(values=None, bound=-np.inf)
+        values = np.zeros(self.num_variables)
+        values[[int(name.removeprefix(_COLUMN)) for name in found]] = list(found.values())
+        return Solution(values=values, bound=-np.inf)
+
+    def given_to(self, solver: Any) -> Any:
+        """The solver, with this model. Raises PlanError where HiGHS refuses it."""
+        if solver.passModel(self.lp()) == highspy.HighsStatus.kError:
+            raise PlanError("placement: HiGHS refuses the model; report the load that it was built from")
+        return solver
 
     def lp(self) -> highspy.HighsLp:
         """The model by columns, as HiGHS takes it."""

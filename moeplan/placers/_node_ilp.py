@@ -79,12 +79,20 @@ def integer_slots(
     bound_s = (solution.bound - _TOLERANCE * sizes) * unit_s(nodes)
     if solution.values is None:
         return None, bound_s if np.isfinite(bound_s) else 0.0
-    count_EM = np.rint(np.maximum(solution.values[v.x_EM], solution.values[v.q_EM])).astype(np.int64)
-    return _as_slots(nodes, count_EM, solution.values[v.L_EM] + solution.values[v.R_EM]), bound_s
+    return _as_slots(nodes, v, solution.values), bound_s
 
 
-def _as_slots(nodes: NodeProblem, count_EM: Ints, load_EM: Floats) -> NodeSlots | None:
-    """So many replicas of each expert in each node, and idle ones until all slots are used; None if it cannot be."""
+def slots_by_cbc(nodes: NodeProblem, limits: Limits, *, gap: float, time_limit_s: float) -> NodeSlots | None:
+    """Slots of the best solution of the same programme that CBC finds, a second opinion without a bound."""
+    model, v = model_of(nodes, limits)
+    solution = model.solve_by_cbc(gap=gap, time_limit_s=time_limit_s)
+    return None if solution.values is None else _as_slots(nodes, v, solution.values)
+
+
+def _as_slots(nodes: NodeProblem, v: Variables, values: Floats) -> NodeSlots | None:
+    """The solution's replicas in each node, and idle ones until all slots are used; None if it cannot be."""
+    load_EM = (values[v.L_EM] + values[v.R_EM]) / _scale(nodes)
+    count_EM = np.rint(np.maximum(values[v.x_EM], values[v.q_EM])).astype(np.int64)
     count_EM = np.minimum(count_EM, nodes.gpus_per_node)
     spare = nodes.slots - int(count_EM.sum())
     for node in range(nodes.num_nodes):
@@ -107,7 +115,7 @@ def _as_slots(nodes: NodeProblem, count_EM: Ints, load_EM: Floats) -> NodeSlots 
 
 def model_of(nodes: NodeProblem, limits: Limits, *, whole: bool = True) -> tuple[Model, Variables]:
     """The programme, scaled so that a GPU computes 1 on average."""
-    t_EM, scale = nodes.tokens_NE.T, nodes.num_nodes * nodes.gpus_per_node / nodes.tokens_NE.sum()
+    t_EM, scale = nodes.tokens_NE.T, _scale(nodes)
     model, shape = Model(), t_EM.shape
     x_EM, q_EM = (model.add(t_EM.size, high=high, whole=whole).reshape(shape) for high in (1, nodes.gpus_per_node))
     L_EM, R_EM = model.add(t_EM.size).reshape(shape), model.add(t_EM.size).reshape(shape)
@@ -127,6 +135,11 @@ def model_of(nodes: NodeProblem, limits: Limits, *, whole: bool = True) -> tuple
     _slots_of_all(model, v, nodes.slots)
     _enough_homes(model, v, homes_needed(t_EM.T, limits.busiest_node * scale))
     return model, v
+
+
+def _scale(nodes: NodeProblem) -> float:
+    """What a copy is in the model's units."""
+    return float(nodes.num_nodes * nodes.gpus_per_node / nodes.tokens_NE.sum())
 
 
 def _kept_where_it_stands(model: Model, v: Variables, t_EM: Floats) -> None:

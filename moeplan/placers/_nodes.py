@@ -9,7 +9,6 @@ Axes of arrays: G GPU, K slot of a node, N node, P place on a GPU, R replica.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from moeplan.domain.placement import Floats, Ints, LayerPlacement, PlacedLayer, PlacementProblem
 from moeplan.errors import PlanError
-from moeplan.jit import compiled
+from moeplan.jit import clock_s, compiled
 from moeplan.placers._bounds import token_bounds
 from moeplan.placers._check import certified
 from moeplan.placers._makespan import NodeProblem, routed, value_s
@@ -57,13 +56,13 @@ def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: 
     """
     if problem.max_moves is not None:
         raise PlanError("max_moves: the placement by nodes starts anew; place without prices, or without max_moves")
-    begin, nodes = time.perf_counter(), NodeProblem.of(problem)
+    begin, nodes = clock_s(), NodeProblem.of(problem)
     # Nodes that send the same are best served differently, each by itself first.
     problem = replace(problem, tokens_SE=nodes.tokens_NE)
     last_s = begin + time_limit_s
     found, bound_s = _annealed(problem, nodes, rng=rng, last_s=begin + time_limit_s / 2)
     proof = "prices of nodes: a Lagrangian bound of the busiest node's copies, and one of the fullest GPU's"
-    left_s = last_s - time.perf_counter()
+    left_s = last_s - clock_s()
     if found.value_s > bound_s * (1 + _PROVEN) and _fits_ilp(problem, nodes) and left_s > 0:
         slots, ilp_s = integer_slots(nodes, _limits(nodes, found), gap=_PROVEN, time_limit_s=left_s / 2)
         if min(ilp_s, found.value_s) > bound_s:
@@ -71,7 +70,7 @@ def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: 
         if slots is not None:
             found = _better(found, _packed(problem, nodes, slots, fullest_gpu=found.fullest_gpu))
     placement = _descended(problem, found.placement, bound_s=bound_s, last_s=last_s)
-    return certified(problem, placement, seconds=time.perf_counter() - begin, bound=bound_s, proof=proof)
+    return certified(problem, placement, seconds=clock_s() - begin, bound=bound_s, proof=proof)
 
 
 def _annealed(
@@ -85,7 +84,7 @@ def _annealed(
         if number in (0, _SEEDS - 1):
             found = _bounded(problem, nodes, found)
             bound_s = max(bound_s, found.bound_s(nodes))
-        if found.value_s <= bound_s * (1 + _PROVEN) or time.perf_counter() > last_s:
+        if found.value_s <= bound_s * (1 + _PROVEN) or clock_s() > last_s:
             break
     assert found is not None
     return found, bound_s
@@ -215,7 +214,7 @@ def _descended(
         is_better = False
         for expert_R, gpu_R in _neighbours(problem, placement):
             trials -= 1
-            if trials < 0 or time.perf_counter() > last_s:
+            if trials < 0 or clock_s() > last_s:
                 return placement
             other = routed(problem, expert_R, gpu_R)
             if value_s(problem, other) < value * (1 - 1e-9):

@@ -6,13 +6,13 @@ Axes of arrays: E expert, G GPU, R replica. `here_EG` says whether an expert sta
 from __future__ import annotations
 
 from dataclasses import replace
-from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.domain.placement import Floats, Ints, LayerPlacement, PlacedLayer, PlacementProblem
 from moeplan.errors import PlanError
+from moeplan.jit import clock_s
 from moeplan.placers._check import certified, check
 from moeplan.placers._split import best_shares
 
@@ -21,7 +21,7 @@ Bools = npt.NDArray[np.bool_]
 
 def placed(problem: PlacementProblem, expert_R: npt.ArrayLike, gpu_R: npt.ArrayLike, *, start_s: float) -> PlacedLayer:
     """The replicas with the problem's split, and their certificate."""
-    return certified(problem, split(problem, expert_R, gpu_R), seconds=perf_counter() - start_s)
+    return certified(problem, split(problem, expert_R, gpu_R), seconds=clock_s() - start_s)
 
 
 def split(problem: PlacementProblem, expert_R: npt.ArrayLike, gpu_R: npt.ArrayLike) -> LayerPlacement:

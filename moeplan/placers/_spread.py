@@ -5,12 +5,10 @@ Axes of arrays: E expert, G GPU, C slot of a GPU, R replica.
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import numpy as np
 
 from moeplan.domain.placement import Floats, Ints, LayerPlacement, PlacementProblem
-from moeplan.jit import compiled, compiled_in_place
+from moeplan.jit import clock_s, compiled, compiled_in_place
 from moeplan.placers._anneal import Bools, draw, seeded
 from moeplan.placers._balance import balanced
 from moeplan.placers._seats import filled, split
@@ -38,9 +36,9 @@ def spread(
         most = _most(tokens_E, here_EG)
         if most < best:
             best, best_EG = most, here_EG
-        if best <= bound * (1 + gap) or perf_counter() > stop_s:
+        if best <= bound * (1 + gap) or clock_s() > stop_s:
             break
-    if best > bound * (1 + gap) and perf_counter() <= stop_s:
+    if best > bound * (1 + gap) and clock_s() <= stop_s:
         best_EG = _climbed(
             best_EG, tokens_E, problem.slots_per_gpu, bound * (1 + gap), _CLIMB, int(rng.integers(2**31))
         )

@@ -23,6 +23,7 @@ from moeplan.errors import PlanError
 from moeplan.jit import compiled, compiled_in_place
 
 _STEPS_PER_EXPERT, _STARTS = 400, 3
+_ROUNDING = 1e-12
 _HOT, _COLD = 0.1, 0.001
 """Heat at the begin and at the end, over the visits that one expert's tokens make."""
 
@@ -39,9 +40,9 @@ def grouped(
 ) -> Ints:
     """The node of each expert: as many experts on each, none over `most_load` times the mean load, few visits.
 
-    The best of some annealings, which exchange two experts and know the change of visits from the sets that hold one of
-    them. Where no exchange reaches the wanted balance, the most balanced one found is given. Raises PlanError where
-    experts do not divide by nodes, or a set names an expert that is not there.
+    The best of some annealings. Where none reaches the wanted balance, more go on from the most balanced one, with its
+    fullest node as the limit. Raises PlanError where experts do not divide by nodes, or a set names an expert that is
+    not there.
     """
     if num_experts % num_nodes:
         raise PlanError(f"nodes: {num_nodes} do not divide {num_experts} experts; use a divisor")
@@ -49,11 +50,23 @@ def grouped(
         raise PlanError(f"sets: they must name experts 0 to {num_experts - 1}, and at least one; record them anew")
     weight_I = np.repeat(sets.count_U, sets.experts_UK.shape[1]).astype(np.float64)
     load_E = np.bincount(sets.experts_UK.ravel(), weight_I, num_experts).astype(np.float64)
-    most, start_E = most_load * load_E.sum() / num_nodes, _dealt(load_E, num_nodes)
-    heat = visits(sets, start_E) * sets.count_U.sum() / num_experts
+    most = most_load * load_E.sum() / num_nodes
+    node_E = _annealed(sets, _dealt(load_E, num_nodes), load_E, num_nodes, most, rng)
+    fullest = float(np.bincount(node_E, load_E, num_nodes).max())
+    return _annealed(sets, node_E, load_E, num_nodes, fullest, rng) if fullest > most * (1 + _ROUNDING) else node_E
+
+
+def _annealed(
+    sets: TokenSets, start_E: Ints, load_E: Floats, num_nodes: int, most: float, rng: np.random.Generator
+) -> Ints:
+    """The best of the start and some annealings from it: nodes least above `most`, then fewest visits.
+
+    An exchange of two experts knows the change of visits from the sets that hold one of them.
+    """
+    heat = visits(sets, start_E) * sets.count_U.sum() / load_E.size
     tried = [start_E]
     for seed in rng.integers(2**31, size=_STARTS).tolist():
-        draw_T3 = np.random.default_rng(seed).random((_STEPS_PER_EXPERT * num_experts, 3))
+        draw_T3 = np.random.default_rng(seed).random((_STEPS_PER_EXPERT * load_E.size, 3))
         node_E = start_E.copy()
         _exchange(node_E, load_E, most, _Tokens.of(sets, node_E, num_nodes), draw_T3, heat * _HOT, heat * _COLD)
         tried.append(node_E)
@@ -127,7 +140,7 @@ def _dealt(load_E: Floats, num_nodes: int) -> Ints:
 
 def _over(load_E: Floats, node_E: Ints, num_nodes: int, most: float) -> float:
     """Load of the fullest node above what is wanted."""
-    return max(0.0, float(np.bincount(node_E, load_E, num_nodes).max()) - most * (1 + 1e-12))
+    return max(0.0, float(np.bincount(node_E, load_E, num_nodes).max()) - most * (1 + _ROUNDING))
 
 
 @compiled_in_place

@@ -6,12 +6,11 @@ replicas.
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import numpy as np
 
 from moeplan.domain.placement import Ints, PlacedLayer, PlacementProblem
 from moeplan.errors import PlanError
+from moeplan.jit import clock_s
 from moeplan.placers._seats import placed
 from moeplan.placers._visits import grouped
 
@@ -20,7 +19,7 @@ NEEDS_SETS = True
 
 def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: float) -> PlacedLayer:
     """Nodes by co-activation, then in each node the heaviest expert on the lightest GPU that has room."""
-    start_s = perf_counter()
+    start_s = clock_s()
     if problem.visits is None:
         raise PlanError(
             "placer co_activation: needs to know which experts tokens choose together; use objective visits"

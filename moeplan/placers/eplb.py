@@ -6,12 +6,11 @@ Axes of arrays: E expert, G GPU, R replica.
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import numpy as np
 
 from moeplan.domain.placement import Floats, Ints, PlacedLayer, PlacementProblem
 from moeplan.errors import PlanError
+from moeplan.jit import clock_s
 from moeplan.placers._seats import Bools, placed
 
 UNEQUAL_SLOTS = False
@@ -27,7 +26,7 @@ def place(
     nearest in size, so that loads change least. Replicas beyond the number of GPUs go to other experts. Raises
     PlanError as `raw` does.
     """
-    start_s = perf_counter()
+    start_s = clock_s()
     tokens_E, gpus = problem.tokens_E, problem.num_gpus
     expert_R, gpu_R = raw(tokens_E, gpus=gpus, slots=problem.slots, nodes=nodes, groups=groups, most=gpus // nodes)
     return placed(problem, expert_R, _repaired(expert_R, gpu_R, tokens_E, gpus), start_s=start_s)

@@ -16,11 +16,11 @@ A limit is refuted by the configuration LP (`_configurations`); then with two sl
 from __future__ import annotations
 
 from dataclasses import replace
-from time import perf_counter
 
 import numpy as np
 
 from moeplan.domain.placement import PlacedLayer, PlacementProblem
+from moeplan.jit import clock_s
 from moeplan.placers import co_activation, local_search
 from moeplan.placers._check import certified
 
@@ -40,7 +40,7 @@ def place(
         return _nodes.place(problem, rng=rng, time_limit_s=time_limit_s)
     if problem.visits is not None:  # the relaxation says nothing: every expert in equal parts everywhere
         return co_activation.place(problem, rng=rng, time_limit_s=time_limit_s)
-    start = perf_counter()
+    start = clock_s()
     is_tiny = problem.num_experts * problem.num_gpus <= _FEW
     first = local_search.place(problem, rng=rng, time_limit_s=time_limit_s, gap=max(gap, _LOOSE) if is_tiny else gap)
     if first.gap <= gap:
@@ -49,11 +49,11 @@ def place(
         from moeplan.placers._exact import Search, improve
     except ImportError as missing:
         proof = f"{first.proof} ({missing.name} is not installed, so no integer programme was tried)"
-        return replace(first, proof=proof, seconds=perf_counter() - start)
+        return replace(first, proof=proof, seconds=clock_s() - start)
     search = Search(
         problem=problem, gap=gap, stop_s=start + time_limit_s, rng=rng,
         placement=first.placement, value=first.value, bound=first.lower_bound, proof=first.proof,
     )  # fmt: skip
     improve(search)
-    seconds = perf_counter() - start
+    seconds = clock_s() - start
     return certified(problem, search.placement, bound=search.bound, proof=search.proof, seconds=seconds)

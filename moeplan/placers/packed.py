@@ -5,11 +5,10 @@ Reference: Li and others, "Accelerating Distributed MoE Training and Inference w
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import numpy as np
 
 from moeplan.domain.placement import PlacedLayer, PlacementProblem
+from moeplan.jit import clock_s
 from moeplan.placers._seats import filled, placed
 
 
@@ -19,7 +18,7 @@ def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: 
     Lina doubles the experts of a GPU until an expert takes as long as an all-to-all; here the slots of a GPU say how
     many those are. Slots that make no whole group are filled by tokens.
     """
-    start_s = perf_counter()
+    start_s = clock_s()
     experts, gpus, per_gpu = problem.num_experts, problem.num_gpus, problem.slots_per_gpu
     group = -(-experts // per_gpu)
     replica_R = np.arange(min(problem.slots, gpus // group * experts))

@@ -15,6 +15,8 @@ import pulp
 
 from moeplan.domain.program import Floats, Ints
 from moeplan.errors import PlanError, unknown_name
+from moeplan.placers._cbc import cbc_path, solve_programme
+from moeplan.placers._highs import hush
 from moeplan.planners._sharding import ROUNDING, Sharding, ShardingProblem, answer, eliminate, undominated
 
 _TOLERANCE = 1e-6
@@ -137,15 +139,13 @@ def _equal(ilp: pulp.LpProblem, ones: list[pulp.LpVariable], others: list[pulp.L
 def _run(ilp: pulp.LpProblem, solver: str, time_limit_s: float | None) -> float:
     """Runs a solver, to the optimum if there is time, and returns a bound of the objective."""
     if solver == "cbc":
-        cbc = pulp.COIN_CMD(
-            path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, gapRel=0, threads=1, timeLimit=time_limit_s
-        )
-        if not cbc.available():
+        if cbc_path() is None:
             raise PlanError("solver 'cbc' is not there; use 'highs'")
-        ilp.solve(cbc)
+        solve_programme(ilp, gap=0.0, time_limit_s=time_limit_s)
         return 0.0
     if solver != "highs":
         raise PlanError(unknown_name("solver", solver, ("highs", "cbc")))
     exact = {"primal_feasibility_tolerance": ROUNDING, "mip_feasibility_tolerance": ROUNDING, "random_seed": 0}
+    hush()
     ilp.solve(pulp.HiGHS(msg=False, gapRel=0, threads=1, timeLimit=time_limit_s, **exact))
     return float(ilp.solverModel.getInfo().mip_dual_bound) - _TOLERANCE

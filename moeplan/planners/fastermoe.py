@@ -6,9 +6,9 @@ came while the next step is on its way. A plan cuts the tokens of every exchange
 FasterMoE nothing, the schedule's size, which it leaves to the user, is tried: every power of two up to n parts, with
 `grouped_pairwise` where there are several nodes, simulated; the fastest is taken, or none if the schedule slows down.
 
-Not carried over: shadowed experts (`_shadow.py` has both published rules), since a plan does not say yet which experts
-every GPU holds, and the gate that keeps tokens near. All else is what the framework runs by default: data and expert
-parallelism alone.
+Not carried over: shadowed experts, since no planner looks for placements yet (the placers `shadow_paper` and
+`shadow_code` have both published rules), and the gate that keeps tokens near. All else is what the framework runs by
+default: data and expert parallelism alone.
 Reference: He et al., "FasterMoE: Modeling and optimizing training of large-scale dynamic pre-trained models"
 (PPoPP 2022), sections 4.2 and 5; the FastMoE repository for the size of groups.
 """

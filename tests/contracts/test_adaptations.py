@@ -14,6 +14,7 @@ import moeplan as mp
 from moeplan import menu
 from moeplan.adaptations import Decision, Seen
 from moeplan.domain.placement import Floats, LayerPlacement
+from moeplan.errors import PlanError
 
 NAMES = menu.names("adaptations")
 BUDGETS = [None, 2]
@@ -46,15 +47,15 @@ def replayed(name: str, trace: Floats, max_moves: int | None = None, **more: Any
     return found
 
 
-def seen(costs: list[float], *, placed_step: int = 0, promised_cost: float = 1.0) -> Seen:
+def seen(costs: list[float], *, placed_step: int = 0, promised_cost: float = 1.0, move_s: float | None = None) -> Seen:
     """A layer of four experts on two GPUs, with such costs so far."""
     tokens_TSE = np.ones((len(costs), 1, 4))
     tokens_TSE.setflags(write=False)
     cost_T = np.array(costs)
     cost_T.setflags(write=False)
     return Seen(
-        tokens_TSE=tokens_TSE, cost_T=cost_T, placement=LayerPlacement.even([0, 1, 2, 3], [0, 0, 1, 1]),
-        placed_step=placed_step, promised_cost=promised_cost, move_s=None,
+        tokens_TSE=tokens_TSE, cost_T=cost_T, num_gpus=2, placement=LayerPlacement.even([0, 1, 2, 3], [0, 0, 1, 1]),
+        placed_step=placed_step, promised_cost=promised_cost, move_s=move_s,
     )  # fmt: skip
 
 
@@ -168,3 +169,59 @@ def test_threshold_looks_at_what_was_promised_and_not_at_what_is_ideal() -> None
     assert not decide(seen([3.0, 3.2], promised_cost=3.0)).replaces
     assert decide(seen([3.0, 3.4], promised_cost=3.0)).replaces
     assert decide(seen([3.0, 3.4], promised_cost=3.0), max_moves=5) == Decision(replaces=True, max_moves=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "move_s"),
+    [
+        ({"move_cost": 1.25}, None),  # four replicas, 1.25 each
+        ({"move_cost": 2.5, "max_moves": 2}, None),
+        ({"move_cost": 1.25, "max_moves": 7}, None),
+        ({}, 5.0),  # two on each GPU, 5 / 2 of a balanced step each
+        ({"max_moves": 1}, 10.0),
+    ],
+)
+def test_payback_places_anew_where_ten_steps_lose_more_than_the_moves_cost(
+    options: dict[str, Any], move_s: float | None
+) -> None:
+    """Of ten steps each loses 0.5: that is worth 5, and no more."""
+    decide = menu.load("adaptations", "payback", "decide")
+    last = seen([1.0, 1.5], move_s=move_s)
+    assert not decide(last, **options).replaces
+    assert decide(last, horizon=11, **options) == Decision(replaces=True, max_moves=options.get("max_moves"))
+    if move_s is not None:
+        assert decide(seen([1.0, 1.5], move_s=0.99 * move_s), **options).replaces
+    else:
+        assert decide(last, **(options | {"move_cost": 0.99 * options["move_cost"]})).replaces
+
+
+def test_payback_looks_at_the_last_steps_under_the_present_placement_alone() -> None:
+    decide = menu.load("adaptations", "payback", "decide")
+    assert not decide(seen([1.0, 9.0, 9.0, 1.0], placed_step=2), window=3).replaces
+    noisy = seen([1.0, 1.0, 1.0, 1.4])
+    assert decide(noisy, move_cost=0.5).replaces
+    assert not decide(noisy, move_cost=0.5, window=3).replaces
+
+
+def test_payback_moves_more_the_longer_it_looks_ahead_and_less_the_more_a_move_costs() -> None:
+    ahead, cost = (
+        [int(replayed("payback", drifting(), **{name: each}).is_replaced_TL.sum()) for each in many]
+        for name, many in (("horizon", (1, 3, 30)), ("move_cost", (0.0, 0.05, 100.0)))
+    )
+    assert ahead == sorted(ahead)
+    assert cost == sorted(cost, reverse=True)
+    assert cost[0] > 0 == cost[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "move_s", "says"),
+    [
+        ({"horizon": 0}, None, "horizon: 0 steps"),
+        ({"move_cost": -1.0}, None, "move_cost: -1.0"),
+        ({"move_cost": float("nan")}, None, "move_cost: nan"),
+        ({"move_cost": 0.1}, 1.0, "has no effect where a scenario says"),
+    ],
+)
+def test_payback_refuses_what_says_nothing(options: dict[str, Any], move_s: float | None, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        menu.load("adaptations", "payback", "decide")(seen([1.0, 1.5], move_s=move_s), **options)

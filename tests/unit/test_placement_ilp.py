@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 
 from moeplan.domain.placement import LayerPlacement, PlacementProblem
-from moeplan.placers import ilp
+from moeplan.placers import _cbc, ilp
 from moeplan.placers._branching import refuted
+from moeplan.placers._cbc import cbc_path
 from moeplan.placers._check import value
 from moeplan.placers._configurations import ConfigurationLP, Fractions, Prices, refutes, stretched
 from moeplan.placers._counts import any_counts, options
 from moeplan.placers._direct import solved_by_cbc, solved_by_highs, written_out
 from moeplan.placers._exact import Search
+from moeplan.placers._linear import Model
 from moeplan.placers._packing import long_walks, rounded_and_packed
 from moeplan.placers._pairs import pairable
 from moeplan.placers._pricing import best_sets
@@ -207,6 +210,28 @@ def test_cbc_without_time_finds_nothing_and_harms_nothing() -> None:
     assert answer.bound == 0.0
 
 
+@pytest.mark.skipif(cbc_path() is None, reason="CBC is not installed")
+@pytest.mark.parametrize(
+    ("most", "whole", "wanted"), [(2.5, True, [0, 2]), (2.5, False, [0.5, 2]), (9.0, True, [1, 2]), (-1.0, True, None)]
+)
+def test_cbc_reads_a_model_of_arrays_and_says_nothing_where_nothing_fits(
+    most: float, whole: bool, wanted: list[float] | None
+) -> None:
+    """x + 2 y is greatest, x up to 1 and y up to 2, x + y up to `most`."""
+    model = Model()
+    both = model.add(2, cost=[-1.0, -2.0], high=[1.0, 2.0], whole=whole)
+    model.put(model.rows(1, high=most), both, 1.0)
+    values = model.solve_by_cbc(time_limit_s=10).values
+    assert (None if values is None else values.tolist()) == wanted
+
+
+def test_without_cbc_there_is_no_second_opinion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cbc, "cbc_path", lambda: None)
+    model = Model()
+    model.put(model.rows(1, high=1.0), model.add(1, cost=-1.0), 1.0)
+    assert model.solve_by_cbc().values is None
+
+
 def test_few_moves_are_kept_to() -> None:
     now = LayerPlacement.even([0, 1, 2, 3], [0, 0, 1, 1])
     problem = PlacementProblem(tokens_SE=[4.0, 4.0, 1.0, 1.0], num_gpus=2, slots=4, now=now, max_moves=2)
@@ -215,3 +240,30 @@ def test_few_moves_are_kept_to() -> None:
     assert value(problem, answer.placement) == 5.0
     assert answer.placement.moves_from(now) <= 2
     assert 4.99 < answer.bound <= 5.0
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "from moeplan.placers._highs import solver_of; solver_of(); solver_of().writeModel('/dev/null')",
+        "problem = PlacementProblem(tokens_SE=[4.0, 3.0, 2.0], num_gpus=2, slots=4)\n"
+        "solved_by_highs(problem, written_out(problem, high=9.0), gap=0.0, time_limit_s=5)",
+    ],
+    ids=["arrays", "PuLP"],
+)
+def test_solvers_say_nothing_on_standard_output(lines: str) -> None:
+    """Where a command prints one document, nothing else may stand."""
+    imports = [
+        "from moeplan.domain.placement import PlacementProblem",
+        "from moeplan.placers._direct import solved_by_highs, written_out",
+    ]
+    script = "\n".join([*imports, lines])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
+
+
+def test_a_solver_is_made_where_standard_output_is_closed() -> None:
+    script = "import os; os.close(1); from moeplan.placers._highs import solver_of; solver_of().run()"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode in (0, 120), (
+        "120: Python cannot flush"
+    )

@@ -1,13 +1,26 @@
-"""Shadowing: tokens are conserved, published rules are as published, the best prefix is never worse."""
+"""Shadowing: tokens are conserved, published rules are as published, the best prefix is never worse. Placements."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
 
-from moeplan.planners._shadow import ShadowCosts, ShadowProblem, best_prefix, code_rule, first_rise, paper_rule
+from moeplan.domain.placement import Floats, PlacedLayer, PlacementProblem, TokenPrices
+from moeplan.placers import shadow_code, shadow_paper
+from moeplan.placers._shadow import (
+    ShadowCosts,
+    ShadowProblem,
+    as_workers,
+    best_prefix,
+    code_rule,
+    first_rise,
+    paper_rule,
+    shadowed,
+)
 from moeplan.routers.drifting import route
 
 RULES = {"paper": paper_rule, "code": code_rule, "first rise": first_rise, "best prefix": best_prefix}
@@ -129,3 +142,67 @@ def test_on_loads_like_smartmoes_the_best_prefix_takes_a_fifth_less_time_than_th
     assert total["best prefix"] < 0.8 * total["first rise"]
     assert total["best prefix"] < 0.8 * total["paper"]
     assert total["best prefix"] < 0.9 * total["code"]
+
+
+# ---- placements
+
+
+def placed(place: Callable[..., PlacedLayer], tokens_E: Floats | list[float], **given: Any) -> PlacedLayer:
+    problem = PlacementProblem(tokens_SE=np.array(tokens_E), **given)
+    return place(problem, rng=np.random.default_rng(0), time_limit_s=1.0)
+
+
+def gpus_of(found: PlacedLayer, expert: int) -> list[int]:
+    return found.placement.gpu_R[found.placement.expert_R == expert].tolist()
+
+
+PLACERS = pytest.mark.parametrize("place", [shadow_paper.place, shadow_code.place], ids=["paper", "code"])
+
+
+@PLACERS
+def test_a_shadowed_expert_stands_on_every_gpu_and_each_computes_its_part(place: Callable[..., PlacedLayer]) -> None:
+    found = placed(place, [8.0, 1.0, 1.0, 1.0], num_gpus=4, slots=7)
+    assert [gpus_of(found, expert) for expert in range(4)] == [[0, 1, 2, 3], [1], [2], [3]]
+    assert found.placement.share_SR[0, :4] == pytest.approx(0.25)
+    assert found.value == 3.0
+
+
+@pytest.mark.parametrize("rule", [paper_rule, code_rule])
+@pytest.mark.parametrize("slots", range(16, 65))
+def test_the_hottest_that_slots_pay_for_stand_everywhere(
+    rule: Callable[[ShadowProblem], tuple[int, ...]], slots: int
+) -> None:
+    problem = PlacementProblem(tokens_SE=0.6 ** np.arange(16.0), num_gpus=4, slots=slots)
+    shadows = rule(as_workers(problem, np.arange(16) // 4))[: (slots - 16) // 3]
+    count_E = np.bincount(shadowed(problem, rule, start_s=0.0).placement.expert_R)
+    assert shadows == tuple(range(len(shadows)))
+    assert (count_E[: len(shadows)] == 4).all()
+    if rule is code_rule:
+        assert len(shadows) == min(15, (slots - 16) // 3)
+
+
+@PLACERS
+def test_who_has_no_room_at_home_beside_the_shadows_goes_to_the_emptiest_gpu(place: Callable[..., PlacedLayer]) -> None:
+    found = placed(place, [40.0, 10.0, 1.0, 1.0], num_gpus=2, slots=6)
+    assert [gpus_of(found, expert) for expert in range(4)] == [[0, 1], [0, 1], [1], [0]]
+
+
+PRICES = TokenPrices(gpus_per_node=1, compute_s=1.0, nic_s=1.0, nvlink_s=0.0)
+
+
+@pytest.mark.parametrize("prices", [None, PRICES])
+def test_the_papers_rule_stops_where_the_fullest_gpu_does_not_fall_and_the_codes_where_experts_are_alike(
+    prices: TokenPrices | None,
+) -> None:
+    """Fullest GPU: 10, 10 / 4 + 9 = 11.5, 19 / 4 + 1 = 5.75, 20 / 4 + 1. With prices the first shadow ends exchange."""
+    problem = PlacementProblem(tokens_SE=np.array([10.0, 9.0, 1.0, 1.0]), num_gpus=4, slots=13, prices=prices)
+    workers = as_workers(problem, np.arange(4))
+    assert code_rule(workers) == (0, 1)
+    assert paper_rule(workers) == ((0, 1) if prices else ())
+    assert shadowed(problem, code_rule, start_s=0.0).placement.expert_R.tolist().count(1) == 4
+
+
+@PLACERS
+def test_one_gpu_and_slots_for_nothing_more_leave_experts_in_order(place: Callable[..., PlacedLayer]) -> None:
+    assert placed(place, [3.0, 1.0], num_gpus=1, slots=2).placement.gpu_R.tolist() == [0, 0]
+    assert placed(place, [9.0, 1.0, 1.0, 1.0], num_gpus=2, slots=4).placement.gpu_R.tolist() == [0, 0, 1, 1]

@@ -1,8 +1,8 @@
-"""Which experts every GPU holds for one step, so that their tokens stay at home: FasterMoE's rules, and ours.
+"""Which experts every GPU holds, so that their tokens stay at home: FasterMoE's rules, ours, and a placement by one.
 
 A shadowed expert's weights are broadcast, its tokens computed where they are, its gradients reduced to its owner.
-Axes: W workers, E experts. `tokens_WE` are the tokens that a worker's gate sends to an expert, `owner_E` the worker
-that holds it, a set of shadows is a tuple of experts by falling load.
+Axes: W workers, E experts, G GPU. `tokens_WE` are the tokens that a worker's gate sends to an expert, `owner_E` the
+worker that holds it, a set of shadows is a tuple of experts by falling load.
 Reference: He et al., "FasterMoE" (PPoPP 2022), section 4.1; FastMoE repository, `fmoe/fastermoe/shadow_policy.py`.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan.domain.program import Floats, Ints
+from moeplan.domain.placement import Floats, Ints, PlacedLayer, PlacementProblem
+from moeplan.placers._seats import Bools, filled, placed
 
 Shadows = tuple[int, ...]
 
@@ -119,3 +120,42 @@ def best_prefix(problem: ShadowProblem) -> Shadows:
     """
     order = problem.by_load
     return min((order[:size] for size in range(len(order) + 1)), key=problem.seconds)
+
+
+# ---- a placement by a rule
+
+
+def shadowed(problem: PlacementProblem, rule: Callable[[ShadowProblem], Shadows], *, start_s: float) -> PlacedLayer:
+    """The experts that `rule` shadows on every GPU, the others at home, and more replicas where slots are left.
+
+    What a shadow costs is G - 1 more slots. The problem has them, so no seconds of a broadcast are charged, and the
+    hottest shadows are made until the slots are used up. Experts stand in equal blocks, in order; one whose GPU has no
+    room beside the shadows goes to the emptiest. Slots that are left go to the largest replicas.
+    """
+    experts, gpus, per_gpu = problem.num_experts, problem.num_gpus, problem.slots_per_gpu
+    home_E = np.arange(experts) * gpus // experts
+    paid = (problem.slots - experts) // max(1, gpus - 1)
+    shadows = list(rule(as_workers(problem, home_E))[:paid])
+    here_EG: Bools = np.zeros((experts, gpus), np.bool_)
+    here_EG[shadows] = True
+    for e in np.setdiff1d(np.arange(experts), shadows):
+        free_G = per_gpu - here_EG.sum(axis=0)
+        here_EG[e, home_E[e] if free_G[home_E[e]] > 0 else free_G.argmax()] = True
+    here_EG = filled(here_EG, problem.tokens_E, slots=problem.slots, per_gpu=per_gpu)
+    return placed(problem, *np.nonzero(here_EG), start_s=start_s)
+
+
+def as_workers(problem: PlacementProblem, home_E: Ints) -> ShadowProblem:
+    """Every GPU sends an expert the same, as an even split has it; seconds are those of all passes.
+
+    Without prices only computing counts: then a rule says where the fullest GPU's tokens fall, whatever a token costs.
+    """
+    prices, gpus = problem.prices, problem.num_gpus
+    compute_s, token_s = 1.0, 0.0
+    if prices is not None:
+        into_s = prices.nic_s * prices.gpus_per_node if gpus > prices.gpus_per_node else prices.nvlink_s
+        compute_s, token_s = prices.compute_s, prices.exchange_factor * into_s
+    return ShadowProblem(
+        tokens_WE=np.tile(problem.tokens_E / gpus, (gpus, 1)), owner_E=home_E,
+        costs=ShadowCosts(compute_s=compute_s / 3, token_s=token_s / 4, expert_s=0.0),
+    )  # fmt: skip
