@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from moeplan.domain.placement import Floats, LayerPlacement, PlacementProblem
 from moeplan.errors import PlanError
 from moeplan.placers import block, eplb, ilp, lpt, smartmoe_greedy
 from moeplan.placers._check import value
+from moeplan.routers.drifting import route
 
 OTHERS = {"block": block, "lpt": lpt, "smartmoe": smartmoe_greedy, "eplb": eplb}
 HARD_EPLB = 0.10
@@ -101,6 +103,18 @@ def skewed(experts: int = 32) -> Load:
     return load
 
 
+def drifting() -> Load:
+    """The same by the law of the router `drifting`: 24 layers each at iterations 51, 501, 2501 and 5001 of a run."""
+    size = {"num_layers": 24, "num_experts": 32, "top_k": 2, "num_sources": 1, "tokens_per_source": 131_072}
+
+    @cache
+    def layers_LE(iteration: int) -> Floats:
+        tokens_LSE = route(**size, rng=np.random.default_rng(0), iteration=iteration).tokens_LSE
+        return tokens_LSE.sum(axis=1).astype(np.float64)
+
+    return lambda seed: layers_LE((51, 501, 2501, 5001)[seed // 24])[seed % 24]
+
+
 def recorded(path: Path) -> Load:
     """Loads of one task and layer of a trace, one task after the other."""
     with np.load(path, allow_pickle=False) as trace:
@@ -115,17 +129,18 @@ def recorded(path: Path) -> Load:
 def rows(trace: Path | None) -> Iterator[Row]:
     """The rows of balance."""
     for slots, gpus in ((288, 32), (320, 64), (288, 72), (288, 96), (384, 128)):
-        for gap, all_s in ((0.003, 5.0), (0.01, 0.2)):
-            yield Row(
-                name=f"lognormal 0.8, {slots}/{gpus}", load=lognormal(0.8), number=58, slots=slots, gpus=gpus,
-                gap=gap, limit_s=10.0, all_s=all_s,
-            )  # fmt: skip
+        yield from model(f"lognormal 0.8, {slots}/{gpus}", lognormal(0.8), slots=slots, gpus=gpus)
+    yield from model("lognormal 1.0, 288/96", lognormal(1.0), slots=288, gpus=96)
+    yield from model("lognormal 0.8, 512 experts, 576/128", lognormal(0.8, 512), slots=576, gpus=128)
     for sigma in (0.6, 0.8, 1.0):
         yield pairs(f"two slots, lognormal {sigma}, 288/144", lognormal(sigma))
     yield pairs("two slots, Zipf 0.6, 288/144", zipf(0.6, 256))
     hard = {"load": skewed(), "number": 24, "gap": 0.01, "limit_s": 10.0}
     yield Row(name="hard, 48/16", slots=48, gpus=16, over_eplb=HARD_EPLB, **hard)  # type: ignore[arg-type]
     yield Row(name="hard, 40/8", slots=40, gpus=8, **hard)  # type: ignore[arg-type]
+    hard = {"load": drifting(), "number": 96, "gap": 0.01, "limit_s": 10.0}
+    yield Row(name="hard, drifting, 48/16", slots=48, gpus=16, over_eplb=HARD_EPLB, **hard)  # type: ignore[arg-type]
+    yield Row(name="hard, drifting, 40/8", slots=40, gpus=8, **hard)  # type: ignore[arg-type]
     for slots, gpus, experts in ((288, 96, 256), (576, 192, 512)):
         yield Row(
             name=f"Zipf 0.6, {slots}/{gpus}", load=zipf(0.6, experts), number=3, slots=slots, gpus=gpus, gap=0.01,
@@ -133,11 +148,14 @@ def rows(trace: Path | None) -> Iterator[Row]:
         )  # fmt: skip
     yield Row(name="uneven slots, 288/64", load=lognormal(0.8), number=10, slots=288, gpus=64, gap=0.001, limit_s=0.1)
     if trace is not None:
-        for slots, gpus in ((96, 32), (72, 24)):
-            yield Row(
-                name=f"recorded, {slots}/{gpus}", load=recorded(trace), number=10, slots=slots, gpus=gpus, gap=0.01,
-                limit_s=10.0,
-            )  # fmt: skip
+        for slots, gpus in ((96, 32), (72, 24), (80, 16)):
+            yield from model(f"recorded, {slots}/{gpus}", recorded(trace), slots=slots, gpus=gpus)
+
+
+def model(name: str, load: Load, *, slots: int, gpus: int) -> Iterator[Row]:
+    """The layers of a model, all of them: two gaps, and the time for all."""
+    for gap, all_s in ((0.003, 5.0), (0.01, 0.2)):
+        yield Row(name=name, load=load, number=58, slots=slots, gpus=gpus, gap=gap, limit_s=10.0, all_s=all_s)
 
 
 def pairs(name: str, load: Load) -> Row:
