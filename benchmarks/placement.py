@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from moeplan.domain.placement import Floats, LayerPlacement, PlacementProblem
 from moeplan.errors import PlanError
 from moeplan.placers import block, eplb, ilp, lpt, shadow_code, shadow_paper, smartmoe_greedy
 from moeplan.placers._check import value
-from moeplan.routers import drifting
+from moeplan.routers.drifting import route
 
 OTHERS = {
     "block": block, "lpt": lpt, "smartmoe": smartmoe_greedy, "shadow_paper": shadow_paper, "shadow_code": shadow_code,
@@ -86,16 +87,18 @@ def zipf(skew: float, experts: int) -> Load:
     )
 
 
-def unbalanced(experts: int = 32) -> Load:
-    """GPT training without a balancing loss, late: layers as their counts were published with SmartMoE.
-
-    The router `drifting` holds the law and its source.
+def drifting() -> Load:
+    """GPT training without a balancing loss, by the law of the router `drifting`, which holds its source: 24 layers each
+    at iterations 51, 501, 2501 and 5001 of a run.
     """
-    routing = drifting.route(
-        num_layers=24, num_experts=experts, top_k=2, num_sources=16, tokens_per_source=8192,
-        rng=np.random.default_rng(0),
-    )  # fmt: skip
-    return lambda seed: routing.load_LE[seed % routing.num_layers].astype(float)
+    size = {"num_layers": 24, "num_experts": 32, "top_k": 2, "num_sources": 1, "tokens_per_source": 131_072}
+
+    @cache
+    def layers_LE(iteration: int) -> Floats:
+        tokens_LSE = route(**size, rng=np.random.default_rng(0), iteration=iteration).tokens_LSE
+        return tokens_LSE.sum(axis=1).astype(np.float64)
+
+    return lambda seed: layers_LE((51, 501, 2501, 5001)[seed // 24])[seed % 24]
 
 
 def recorded(path: Path) -> Load:
@@ -112,17 +115,15 @@ def recorded(path: Path) -> Load:
 def rows(trace: Path | None) -> Iterator[Row]:
     """The rows of balance."""
     for slots, gpus in ((288, 32), (320, 64), (288, 72), (288, 96), (384, 128)):
-        for gap, all_s in ((0.003, 5.0), (0.01, 0.2)):
-            yield Row(
-                name=f"lognormal 0.8, {slots}/{gpus}", load=lognormal(0.8), number=58, slots=slots, gpus=gpus,
-                gap=gap, limit_s=10.0, all_s=all_s,
-            )  # fmt: skip
+        yield from model(f"lognormal 0.8, {slots}/{gpus}", lognormal(0.8), slots=slots, gpus=gpus)
+    yield from model("lognormal 1.0, 288/96", lognormal(1.0), slots=288, gpus=96)
+    yield from model("lognormal 0.8, 512 experts, 576/128", lognormal(0.8, 512), slots=576, gpus=128)
     for sigma in (0.6, 0.8, 1.0):
         yield pairs(f"two slots, lognormal {sigma}, 288/144", lognormal(sigma))
     yield pairs("two slots, Zipf 0.6, 288/144", zipf(0.6, 256))
     for slots, gpus, below in ((48, 16, BELOW_EPLB), (40, 8, 0.0)):
         yield Row(
-            name=f"hard, {slots}/{gpus}", load=unbalanced(), number=24, slots=slots, gpus=gpus, gap=0.01, limit_s=10.0,
+            name=f"hard, {slots}/{gpus}", load=drifting(), number=96, slots=slots, gpus=gpus, gap=0.01, limit_s=10.0,
             below_eplb=below,
         )  # fmt: skip
     for slots, gpus, experts in ((288, 96, 256), (576, 192, 512)):
@@ -132,11 +133,14 @@ def rows(trace: Path | None) -> Iterator[Row]:
         )  # fmt: skip
     yield Row(name="uneven slots, 288/64", load=lognormal(0.8), number=10, slots=288, gpus=64, gap=0.001, limit_s=0.1)
     if trace is not None:
-        for slots, gpus in ((96, 32), (72, 24)):
-            yield Row(
-                name=f"recorded, {slots}/{gpus}", load=recorded(trace), number=10, slots=slots, gpus=gpus, gap=0.01,
-                limit_s=10.0,
-            )  # fmt: skip
+        for slots, gpus in ((96, 32), (72, 24), (80, 16)):
+            yield from model(f"recorded, {slots}/{gpus}", recorded(trace), slots=slots, gpus=gpus)
+
+
+def model(name: str, load: Load, *, slots: int, gpus: int) -> Iterator[Row]:
+    """The layers of a model, all of them: two gaps, and the time for all."""
+    for gap, all_s in ((0.003, 5.0), (0.01, 0.2)):
+        yield Row(name=name, load=load, number=58, slots=slots, gpus=gpus, gap=gap, limit_s=10.0, all_s=all_s)
 
 
 def pairs(name: str, load: Load) -> Row:
@@ -216,7 +220,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     published = published_eplb(asked.eplb) if asked.eplb else None
-    warm = PlacementProblem(tokens_SE=unbalanced()(1), num_gpus=16, slots=48)
+    warm = PlacementProblem(tokens_SE=drifting()(1), num_gpus=16, slots=48)
     ilp.place(warm, rng=np.random.default_rng(0), time_limit_s=60.0, gap=1e-3)
     names = [*OTHERS, *(["published"] if published else [])]
     if not asked.json:

@@ -10,8 +10,9 @@ of DeepSeek-V3's size: 0.147 us in an expert, 0.159 us over a node's NICs, 0.045
 EPLB's placement is given what it lacks, the best routing of tokens to its replicas ("EPLB"), and is also shown as it
 is, split evenly ("even"). "below" compares ours with the first, and "could" is what the bound leaves to any placement:
 where that is less than the target, nobody can meet it. Values are the checker's. Seconds are CPU seconds of one layer,
-without compilation. Of a trace, the first half of each node's tokens decides, placement and
-routing, and "held out" is scored on the second half; so it is for node visits. Exits 1 if a target is missed.
+without compilation. Of a trace, the first half of each node's tokens decides, placement and routing, and "held out" is
+scored on the second half; so it is for node visits, where groups aim at 1.02 times the mean load, so that tokens that
+nobody has seen stay within 1.05. Exits 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from moeplan.placers._visits import grouped, visits, visits_bound
 
 PRICES = TokenPrices(gpus_per_node=8, compute_s=0.147e-6, nic_s=0.159e-6, nvlink_s=0.045e-6, exchange_factor=3.0)
 COPIES_PER_GPU = 4096 * 8
+AIMED_LOAD, MOST_LOAD = 1.02, 1.05
+"""Of the fullest node over the mean one: what groups are made for, and what is wanted on seen and unseen tokens."""
 Tokens = npt.NDArray[np.integer]
 
 
@@ -131,7 +134,9 @@ def print_visits(tasks: list[Tokens], *, nodes: int) -> bool:
     for layer in range(tasks[0].shape[1]):
         halves = [np.array_split(task[:, layer], 2) for task in tasks]
         decide, score = (TokenSets.of(np.concatenate([half[part] for half in halves])) for part in (0, 1))
-        node_E = grouped(decide, num_experts=experts, num_nodes=nodes, rng=np.random.default_rng(0))
+        node_E = grouped(
+            decide, num_experts=experts, num_nodes=nodes, rng=np.random.default_rng(0), most_load=AIMED_LOAD
+        )
         loads_N = [
             np.bincount(node_E[sets.experts_UK].ravel(), np.repeat(sets.count_U, sets.experts_UK.shape[1]), nodes)
             for sets in (decide, score)
@@ -142,7 +147,7 @@ def print_visits(tasks: list[Tokens], *, nodes: int) -> bool:
             visits_bound(decide, num_experts=experts, num_nodes=nodes), *(load.max() / load.mean() for load in loads_N),
         ])  # fmt: skip
     linear, ours, linear_in, ours_in, bound, load_in, load = np.mean(found, axis=0)
-    is_met = bool(1 - ours / linear >= 0.20 and load_in <= 1.05)
+    is_met = bool(1 - ours / linear >= 0.20 and max(load_in, load) <= MOST_LOAD)
     print(
         f"{nodes:5}{linear:9.3f}{ours:8.3f}{ours / linear - 1:9.1%}{ours_in / linear_in - 1:11.1%}{bound:9.3f}"
         f"{load_in:9.3f}{load:9.3f}{time.process_time() - begin:8.1f}  {'yes' if is_met else 'NO'}",

@@ -30,6 +30,7 @@ from moeplan.errors import PlanError
 from moeplan.importers.expert_load import read, read_batches
 from moeplan.placers._check import loads, value
 from moeplan.placers._makespan import routed
+from moeplan.placers._renaming import renamed
 from moeplan.placers._seats import split as balanced
 from moeplan.placing import (
     LoadSource,
@@ -370,7 +371,7 @@ def _adapted(record: _Record, now: _InForce, decision: Decision, *, step: int, l
     if decision.max_moves is None:
         fresh = record.fresh_TL[step][layer] if decision.window == 1 else record.place(problem, layer)
         block = problem.prices.gpus_per_node if problem.prices else problem.num_gpus
-        found = _renamed(problem, fresh.placement, now.placement, block=block)
+        found = renamed(problem, fresh.placement, now.placement, block=block)
     else:
         found = record.place(replace(problem, now=now.placement, max_moves=decision.max_moves), layer).placement
     stays, best = value(problem, _split(problem, now.placement)), value(problem, found)
@@ -380,21 +381,3 @@ def _adapted(record: _Record, now: _InForce, decision: Decision, *, step: int, l
     seconds = record.migration.seconds(stood_EG, stands_EG) if record.migration else 0.0
     after = _InForce(placement=found, step=step, promised_cost=best / _mean(problem))
     return after, _Change(is_replaced=True, moves=found.moves_from(now.placement), migration_s=seconds)
-
-
-def _renamed(
-    problem: PlacementProblem, placement: LayerPlacement, now: LayerPlacement, *, block: int
-) -> LayerPlacement:
-    """The same placement, GPUs of a node exchanged so that few replicas move: those with most in common first.
-
-    GPUs of a node, and without prices all GPUs, are alike, so that this changes no value.
-    """
-    node_G = np.arange(problem.num_gpus) // block
-    stands_EG, stood_EG = _here_EG(problem, placement).astype(np.int64), _here_EG(problem, now)
-    common_GG = np.where(node_G[:, None] == node_G, stands_EG.T @ stood_EG, -1)
-    name_G = np.zeros(problem.num_gpus, np.int64)
-    for _ in range(problem.num_gpus):
-        new, old = divmod(int(common_GG.argmax()), problem.num_gpus)
-        name_G[new] = old
-        common_GG[new], common_GG[:, old] = -2, -2
-    return LayerPlacement(expert_R=placement.expert_R, gpu_R=name_G[placement.gpu_R], share_SR=placement.share_SR)
