@@ -25,7 +25,6 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-
 from moeplan.planners._shadow import (
     ShadowCosts,
     ShadowProblem,
@@ -35,6 +34,7 @@ from moeplan.planners._shadow import (
     first_rise,
     paper_rule,
 )
+
 from moeplan.routers.drifting import route
 
 LEAST_BELOW = 0.20

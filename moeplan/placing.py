@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moeplan import menu
 from moeplan.api import Progress, Source
 from moeplan.api import load as load_scenario
 from moeplan.compiler.works import work
@@ -147,24 +146,6 @@ def place(
         problems=problems, layers=placed,
         num_layers=max(1 + max(numbers), 0 if given is None else len(given.model.all_layers)),
     )  # fmt: skip
-
-
-def _placed(
-    problems: Sequence[PlacementProblem], numbers: Sequence[int], *, placer: str, seed: int, time_limit_s: float,
-    progress: Progress | None,
-) -> tuple[PlacedLayer, ...]:  # fmt: skip
-    """Layers with the same load, from the same start, get the same placement."""
-    dish = menu.load("placers", placer, "place")
-    known: dict[tuple[bytes, LayerPlacement | None], PlacedLayer] = {}
-    found = []
-    for number, problem in zip(numbers, problems, strict=True):
-        key = (problem.tokens_SE.tobytes(), problem.now)
-        if key not in known:
-            known[key] = dish(problem, rng=np.random.default_rng([seed, number]), time_limit_s=time_limit_s)
-        found.append(known[key])
-        if progress is not None:
-            progress(f"layer {number}", len(found), len(problems))
-    return tuple(found)
 
 
 def check_time_limit(time_limit_s: float) -> None:

@@ -12,8 +12,9 @@ planners share: the layout that they start from, trials of plans, and the certif
 InfeasibleError if no plan fits, with the constraint that binds and the smallest change that helps.
 
 Law (tests/contracts/test_planners.py): the plan is legal and fits, its figures are what the simulator says of it, and
-no plan of the space that anyone finds is faster than `lower_bound_s`. Example, a planner that takes the first legal
-plan:
+no plan of the space that anyone finds is faster than `lower_bound_s`. The space has every placement of experts, with
+replicas or without; a planner whose space has none says `IN_BLOCKS = True`. Example, a planner that takes the first
+legal plan:
 
     def plan(scenario, *, time_limit_s=None, gap=None, progress=None):
         space = enumerate_space(scenario)

@@ -18,7 +18,8 @@ from moeplan.domain.program import Floats
 from moeplan.errors import InfeasibleError
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
-from moeplan.planners._places import best_placed, is_open, one_more
+from moeplan.planners._filled import filled
+from moeplan.planners._places import best_placed, is_open
 from moeplan.planners._space import Branch, Space, no_layout
 from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
@@ -262,21 +263,26 @@ class Search:
     def _weigh(self, branch: Branch, bound_s: float) -> None:
         """Which plans of a branch fit, and the least that a pipeline of those takes."""
         sizes = [len(values) for values in branch.lists]
-        share = np.broadcast_to(self._filled(branch)[..., None], sizes).ravel()
+
+        def every(table: Floats) -> Floats:
+            return np.broadcast_to(table[..., None], (*table.shape, sizes[-1])).ravel()
+
+        def pipeline_s(steps: StepBounds) -> Floats:
+            return np.repeat(steps.bounds.pipeline_s(branch), prod(sizes[4:]))
+
+        share = every(filled(self.space, branch, evened=self.places))
         fits = share <= 1
         self.infeasible += int((~fits).sum())
         if not fits.all():
             self._remember_smallest(branch, share)
         if not fits.any():
             return
-        spare = np.zeros(len(share), bool)
+        spare, found = np.zeros(len(share), bool), pipeline_s(self.once)
         if self.places and branch.layout.ep > 1:
-            spare = fits & (np.broadcast_to(self._filled(branch, spare=True)[..., None], sizes).ravel() <= 1)
-        pipeline = np.repeat(self.once.bounds.pipeline_s(branch), len(share) // prod(sizes[:4]))
+            spare = fits & (every(filled(self.space, branch, spare=True, evened=True)) <= 1)
         if spare.any():
-            more = np.repeat(self.more.bounds.pipeline_s(branch), len(share) // prod(sizes[:4]))
-            pipeline = np.where(spare, np.minimum(more, pipeline), pipeline)
-        self._push(max(bound_s, float(pipeline[fits].min())), 2, _Weighed(branch, fits, spare))
+            found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
+        self._push(max(bound_s, float(found[fits].min())), 2, _Weighed(branch, fits, spare))
 
     def _open(self, weighed: _Weighed) -> None:
         """The plans of a branch that fit, best bound first."""
@@ -295,36 +301,6 @@ class Search:
 
         once = every(self.once.branch_s(branch))
         return np.where(spare, every(self.anywhere_s(branch)), once) if spare.any() else once
-
-    def _filled(self, branch: Branch, *, spare: bool = False) -> Floats:
-        """Share of the usable memory that the fullest rank needs, by all choices but arbitration.
-
-        Where experts are placed, the least that any placement needs; `spare`: any with one slot more on each place.
-        """
-        sizes = [len(values) for values in branch.lists]
-        usable = self.scenario.cluster.gpu.usable_memory_bytes
-        slots = {"placement": one_more(self.scenario.model, branch.layout.ep)} if spare else {}
-
-        def plan(*index: int) -> Plan:
-            return self.space.plan(branch, int(np.ravel_multi_index(index, sizes)))
-
-        staying = np.array(
-            [
-                [
-                    footprint.states(plan(0, 0, 0, 0, d, e, 0).model_copy(update=slots), self.scenario).total_P
-                    for e in range(sizes[5])
-                ]
-                for d in range(sizes[4])
-            ]
-        )
-        found = np.full(sizes[:6], np.inf)
-        hopeless = staying.max(axis=2).min() > usable
-        for m, r, o in np.ndindex(sizes[0], sizes[1], sizes[3]):
-            if hopeless and (m, r, o) != (0, sizes[1] - 1, 0):
-                continue  # one of the leanest is enough to tell by how much it fails
-            passing = footprint.held(plan(m, r, 0, o, 0, 0, 0), self.scenario, evened=self.places).total_P
-            found[m, r, :, o] = (staying + passing).max(axis=2) / usable
-        return found
 
     def _remember_smallest(self, branch: Branch, share: Floats) -> None:
         """The plan that comes nearest to fitting, for those who ask why."""

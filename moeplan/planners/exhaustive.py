@@ -1,4 +1,5 @@
-"""Every legal plan, best bound first: bound, simulate, stop when no bound is better than the best step found.
+"""Every legal plan with experts in blocks, best bound first: bound, simulate, stop when no bound is better than the
+best step found.
 
 Branches of plans wait in one queue by their lower bound. The branch with the lowest is opened and gives up its plans,
 the one with the lowest bound first; a plan that fits the memory gets a closer bound, goes back, and is simulated when
@@ -14,6 +15,9 @@ from moeplan.domain.scenario import Scenario
 from moeplan.planners._report import result_of
 from moeplan.planners._search import Progress, Search
 from moeplan.planners._space import Space
+
+IN_BLOCKS = True
+"""Its space, and its certificate, is of plans without a placement."""
 
 
 def plan(

@@ -9,8 +9,7 @@ trains; here they are what kernels and idle wires take in the forward pass, for 
 most tokens.
 
 Inference. Popular experts get GPUs in proportion to their tokens, others share one, at most four of them, by first-fit
-decreasing: `placed` does that to a plan (the placer `popularity` does it with slots in place of both limits). `plan`
-leaves experts where they are, for no certificate speaks of plans with a placement.
+decreasing (the placer `popularity` does it with slots in place of both limits).
 
 The framework has all-to-alls of one stage and of two, and its user sets ZeRO over those that come to hold the same
 experts, at most the stage of the dense part (a higher one would make room, and be slow); Lina says nothing of either:
@@ -88,7 +87,7 @@ def candidates(search: Search, plain: Plan) -> Iterator[Plan]:
         if search.scenario.workload.is_training:
             yield from _sharded(search.space, packed(search, under), under)
         else:
-            yield under
+            yield placed(search.scenario, under)
 
 
 # ---- training
@@ -100,7 +99,7 @@ def packed(search: Search, plain: Plan) -> Plan:
     """
     if plain.ep == 1:
         return plain
-    found = enough(packings(search, plain), lambda each: micro_ops(search.steps.bounds, each))
+    found = enough(packings(search, plain), lambda each: micro_ops(search.exact.bounds, each))
     return plain if found is None else found
 
 
@@ -116,7 +115,7 @@ def enough(plans: Iterable[Plan], timed: Callable[[Plan], MicroOps]) -> Plan | N
 
 def packings(search: Search, plain: Plan) -> Iterator[Plan]:
     """Plans in micro-ops with twice the experts on a GPU each time, as far as they are of the space and fit."""
-    ep, count = plain.ep, num_micro_ops(search.steps.bounds, plain)
+    ep, count = plain.ep, num_micro_ops(search.exact.bounds, plain)
     while (found := _packing(search, plain, ep, count)) is not None:
         yield found
         if ep % 2:
