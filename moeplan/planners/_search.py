@@ -39,6 +39,8 @@ _SELDOM: dict[str, object] = {"arbitration": "fair"}
 _OFTEN: dict[str, object] = _SELDOM | {"zero_dense": 0, "zero_expert": 0}
 _FAR = 0.1
 """Plans that differ in ZeRO from one that is farther from the best are left for later."""
+_UNFIT = 20
+"""Branches in which the fastest plan that does not fit is looked for."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
 
@@ -116,6 +118,8 @@ class Search:
     _queue: list[_Entry] = field(default_factory=list)
     _later: list[_Entry] = field(default_factory=list)
     """Plans that differ little from simulated ones that are not good."""
+    _unfit: list[tuple[float, int, _Weighed]] = field(default_factory=list)
+    """Branches with plans that do not fit, by the least that a pipeline of those takes."""
     _known_s: dict[Plan, float] = field(default_factory=dict)
     """The least step of plans that differ little, by what they have in common."""
     _count: int = 0
@@ -162,6 +166,7 @@ class Search:
             raise InfeasibleError(no_time(self) if self._queue else nothing_fits(self))
         if not self._is_late(started):
             self._polish()
+        self._find_too_big()
         self.proven = self.lower_bound_s >= self.best.step_s * (1 - _ROUNDING)
 
     def unresolved(self) -> int:
@@ -282,12 +287,14 @@ class Search:
             spare = fits & (every(filled(self.space, branch, spare=True, evened=True)) <= 1)
         if spare.any():
             found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
-        self._push(max(bound_s, float(found[fits].min())), 2, _Weighed(branch, fits, spare))
+        weighed = _Weighed(branch, fits, spare)
+        self._push(max(bound_s, float(found[fits].min())), 2, weighed)
+        if not fits.all():
+            self._unfit.append((float(found[~fits].min()), self._count, weighed))
 
     def _open(self, weighed: _Weighed) -> None:
         """The plans of a branch that fit, best bound first."""
         bounds = self._branch_s(weighed.branch, weighed.spare)
-        self._remember_too_big(weighed, bounds)
         order = np.argsort(bounds, kind="stable")
         order = order[weighed.fits[order]]
         self._push(float(bounds[order[0]]), 3, _Opened(weighed.branch, bounds, order, weighed.spare))
@@ -308,12 +315,16 @@ class Search:
         if self.smallest is None or share[least] < self.smallest[0]:
             self.smallest = (float(share[least]), self.space.plan(branch, least))
 
-    def _remember_too_big(self, weighed: _Weighed, bounds_s: Floats) -> None:
-        """The fastest plan that does not fit."""
-        over = np.where(weighed.fits, np.inf, bounds_s)
-        fastest = int(over.argmin())
-        if over[fastest] < (np.inf if self.too_big is None else self.too_big[0]):
-            self.too_big = (float(over[fastest]), self.space.plan(weighed.branch, fastest))
+    def _find_too_big(self) -> None:
+        """The plan with the lowest bound that does not fit, of the branches that have one and may be ahead."""
+        for pipeline_s, _, weighed in sorted(self._unfit, key=lambda each: each[:2])[:_UNFIT]:
+            known_s = inf if self.too_big is None else self.too_big[0]
+            if pipeline_s >= known_s:
+                break
+            over = np.where(weighed.fits, np.inf, self._branch_s(weighed.branch, weighed.spare))
+            fastest = int(over.argmin())
+            if over[fastest] < known_s:
+                self.too_big = (float(over[fastest]), self.space.plan(weighed.branch, fastest))
 
     def _next_plan(self, opened: _Opened) -> None:
         index = int(opened.order[opened.at])
@@ -380,7 +391,8 @@ def no_time(search: Search) -> str:
 def nothing_fits(search: Search) -> str:
     """Which constraint binds, and the smallest change that helps."""
     assert search.smallest is not None
-    share, plan = search.smallest
+    _, plan = search.smallest
     scenario = search.scenario
+    share = footprint.filled_share(plan, scenario)
     least = f"the smallest of {search.space.size} plans needs {share:.2f} times the usable memory of a GPU"
     return f"{scenario.name}: memory binds: {least}: {footprint.check_memory(plan, scenario)}"

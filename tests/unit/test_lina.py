@@ -67,7 +67,7 @@ def test_experts_are_packed_until_they_take_as_long_as_their_exchange_and_no_fur
 def test_micro_ops_take_what_network_cards_and_kernels_take() -> None:
     """Of four GPUs, 12 of 16 parts, then 4 of 8, go through a card of 100 Gbit/s; of four experts none do."""
     search, plain = on_testbed()
-    timed = {plan.ep: lina.micro_ops(search.steps.bounds, plan) for plan in lina.packings(search, plain)}
+    timed = {plan.ep: lina.micro_ops(search.exact.bounds, plan) for plan in lina.packings(search, plain)}
     card, nvlink, part = 0.93 * 12.5e9, 0.8 * 100e9, TOKENS_BYTES / 2
     assert timed[16].sent_s == pytest.approx(4 * 3 / 4 * part / card, rel=0.02)
     assert timed[8].sent_s == pytest.approx(4 * 1 / 2 * part / card, rel=0.02)
@@ -139,7 +139,7 @@ def test_without_room_for_micro_ops_the_plan_is_the_frameworks() -> None:
 )
 def test_no_micro_op_is_over_30_megabytes_unless_the_scenario_says_so(changes: dict[str, Any], count: int) -> None:
     search, plain = on_testbed(**changes)
-    assert lina.num_micro_ops(search.steps.bounds, plain) == count
+    assert lina.num_micro_ops(search.exact.bounds, plain) == count
 
 
 # ---- what it is worth
