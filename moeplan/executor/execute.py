@@ -77,7 +77,7 @@ def execute_all(jobs: Sequence[Job], *, device: str = "auto", patience_s: float 
         check(job.plan, job.scenario)
     programs = [compile_plan(job.plan, job.scenario, folded=False) for job in jobs]
     where = check_device(jobs[0].plan, device)
-    with folder_of_a_run([_document(job, where) for job in jobs]) as folder:
+    with folder_of_a_run([document_of(job, where) for job in jobs]) as folder:
         run_ranks(folder, programs, sizes.pop(), patience_s=patience_s)
         return [
             joined(folder, number, scenario=job.scenario, plan=job.plan, program=program, device=where)
@@ -85,7 +85,8 @@ def execute_all(jobs: Sequence[Job], *, device: str = "auto", patience_s: float 
         ]
 
 
-def _document(job: Job, device: str) -> Mapping[str, Any]:
+def document_of(job: Job, device: str) -> dict[str, Any]:
+    """A job as its ranks read it."""
     return {
         "scenario": dict(job.scenario.document), "plan": job.plan.model_dump(mode="json", by_alias=True),
         "steps": job.steps, "seed": job.seed, "keeps_gradients": job.keeps_gradients, "device": device,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +16,13 @@ import torch
 from _reference import Reference, given_experts, run_on_one_device
 
 from moeplan import catalogue
+from moeplan.compiler.compile_plan import compile_plan
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Stream
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import ExecutionError
-from moeplan.executor.execute import Execution, Job, execute_all
+from moeplan.executor.execute import Execution, Job, document_of, joined
+from moeplan.executor.launch import run_ranks
 from moeplan.executor.weights import unit_specs
 from moeplan.network.expand import expand
 
@@ -26,6 +33,7 @@ FP32 = dict.fromkeys(
 ONE, TWO = {"stages": (4,)}, {"pp": 2, "stages": (2, 2)}
 ZIPF = {"with": {"routing": {"router": "zipf", "skew": 0.9}}}
 NODES = {"cluster": {"extends": "hgx-h100-rail", "nodes": 2, "gpus_per_node": 2, "nic": {"per_node": 2}}}
+NODES_OF_4 = {"cluster": {**NODES["cluster"], "gpus_per_node": 4, "nic": {"per_node": 4}}}
 REPLICAS = {"experts": [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1]] * 4}
 SHARES = {
     "experts": [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1]] * 4,
@@ -33,6 +41,7 @@ SHARES = {
 }
 SPREAD = {"experts": [[0, 1, 2, 0, 3, 4, 0, 5, 6, 0, 7, -1], [*range(8), 1, 2, 3, -1]] * 2}
 
+Run = Callable[[int], Execution]
 Case = tuple[str, int, dict[str, Any], dict[str, Any]]
 CASES: list[Case] = [
     ("one rank", 1, ONE, {}),
@@ -82,6 +91,12 @@ CASES: list[Case] = [
     ("ep far", 4, {**ONE, "dp": 4, "ep": 2, "rank_order": "tp-cp-dp-ep-pp", "zero_expert": 2}, {}),
     ("replicas in groups, zero 1", 4, {**ONE, "dp": 4, "ep": 2, "placement": REPLICAS}, {}),
     ("replicas on four places", 4, {**ONE, "dp": 4, "ep": 4, "placement": SPREAD}, {}),
+    ("dp, tp, pp and ep, zero 3, overlap 2", 8, {**TWO, "dp": 2, "tp": 2, "ep": 4, "schedule": "zero_bubble",
+     "zero_dense": 3, "overlap_degree": 2}, NODES_OF_4),
+    ("ep 8 in two stages, zero 2, recomputed", 8, {**ONE, "dp": 8, "ep": 8, "all_to_all": "two_stage",
+     "zero_dense": 2, "recompute": "full"}, NODES_OF_4),
+    ("dp, cp, pp and ep, zbv", 8, {"dp": 2, "cp": 2, "pp": 2, "vpp": 2, "ep": 4, "stages": (1, 1, 1, 1),
+     "schedule": "zbv"}, NODES_OF_4),
     *(
         (f"{name} among nodes", 4, {**ONE, "dp": 4, "ep": 4, "all_to_all": name}, NODES)
         for name in ("two_stage", "two_dh", "rail_aligned", "leader_gather", "grouped_pairwise", "scheduled", "ring")
@@ -134,22 +149,48 @@ def plan(number: int) -> Plan:
     return Plan(**({"dp": 1, "precision": FP32} | CASES[number][2]))
 
 
-def executed(world: int) -> dict[int, Execution]:
-    """All plans of so many ranks, in one launch; what that raised is raised again."""
-    found = launched(world)
-    if isinstance(found, ExecutionError):
-        raise found
-    return found
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of a case. All plans of so many ranks are one launch, which the processes of the tests share."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_TESTRUNUID" in os.environ else base
+
+    def of(number: int) -> Execution:
+        found = launched(CASES[number][1], root)
+        if isinstance(found, str):
+            raise ExecutionError(found)
+        return found[number]
+
+    return of
 
 
 @lru_cache
-def launched(world: int) -> dict[int, Execution] | ExecutionError:
+def launched(world: int, root: Path) -> dict[int, Execution] | str:
+    """All that so many ranks run, or what went wrong."""
     numbers = [number for number, case in enumerate(CASES) if case[1] == world]
-    jobs = [Job(scenario=scenario(number), plan=plan(number), steps=STEPS, keeps_gradients=True) for number in numbers]
+    programs = [compile_plan(plan(number), scenario(number), folded=False) for number in numbers]
+    folder = root / f"world-{world}"
+    said = folder / "said"
     try:
-        return dict(zip(numbers, execute_all(jobs, device="cpu"), strict=True))
-    except ExecutionError as error:
-        return error
+        folder.mkdir()
+    except FileExistsError:
+        until_s = time.monotonic() + 300
+        while not said.exists() and time.monotonic() < until_s:
+            time.sleep(0.2)
+    else:
+        jobs = [Job(scenario=scenario(at), plan=plan(at), steps=STEPS, keeps_gradients=True) for at in numbers]
+        (folder / "jobs.json").write_text(json.dumps([document_of(job, "cpu") for job in jobs]))
+        try:
+            run_ranks(folder, programs, world)
+            said.write_text("")
+        except ExecutionError as error:
+            said.write_text(str(error))
+    if message := said.read_text():
+        return message
+    return {
+        number: joined(folder, at, scenario=scenario(number), plan=plan(number), program=programs[at], device="cpu")
+        for at, number in enumerate(numbers)
+    }
 
 
 @lru_cache
@@ -166,8 +207,8 @@ every = pytest.mark.parametrize("number", range(len(CASES)), ids=ids)
 
 
 @every
-def test_loss_and_gradients_are_those_of_the_one_device_model(number: int) -> None:
-    found, wanted = executed(CASES[number][1])[number], reference(number)
+def test_loss_and_gradients_are_those_of_the_one_device_model(number: int, executed: Run) -> None:
+    found, wanted = executed(number), reference(number)
     is_exact = found.plan.precision.compute == "fp32"
     assert found.losses[0] == pytest.approx(wanted.losses[0], rel=2e-6 if is_exact else 5e-3)
     assert found.losses == pytest.approx(wanted.losses, rel=1e-4 if is_exact else 2e-2)
@@ -190,9 +231,9 @@ def gradient_error(found: Execution, wanted: Reference) -> float:
 
 
 @every
-def test_the_bytes_that_are_sent_are_those_predicted(number: int) -> None:
+def test_the_bytes_that_are_sent_are_those_predicted(number: int, executed: Run) -> None:
     """To the byte where the routing gives whole tokens, and no rows are halved for two rings; else to the row."""
-    found = executed(CASES[number][1])[number]
+    found = executed(number)
     program = found.timeline.program
     sent: dict[tuple[int, int, int], float] = {}
     for task, target, size in found.sent_bytes.tolist():
@@ -235,9 +276,9 @@ def predicted(found: Execution) -> tuple[dict[tuple[int, int, int], float], dict
 
 
 @every
-def test_every_expert_gets_the_tokens_of_the_routing(number: int) -> None:
+def test_every_expert_gets_the_tokens_of_the_routing(number: int, executed: Run) -> None:
     """As many as the program computes with; of expectations, which need not be whole, one more or less."""
-    found, chosen = executed(CASES[number][1])[number], given_experts(plan(number), scenario(number))
+    found, chosen = executed(number), given_experts(plan(number), scenario(number))
     rule, groups = found.plan.capacity.rule, found.plan.num_microbatches(GLOBAL_BATCH) * found.plan.edp
     for kept_E, (chosen_NK, kept_NK) in zip(reference(number).kept_E, chosen, strict=True):
         assert kept_E.sum() <= chosen_NK.size
@@ -253,9 +294,9 @@ def capacity(found: Execution) -> int:
 
 
 @every
-def test_every_task_is_a_span_of_the_timeline(number: int) -> None:
+def test_every_task_is_a_span_of_the_timeline(number: int, executed: Run) -> None:
     """After what it waits for, in the order of its stream, with processor time."""
-    found = executed(CASES[number][1])[number]
+    found = executed(number)
     timeline, program = found.timeline, found.timeline.program
     assert timeline.source == "measured"
     assert (timeline.end_s_T >= timeline.start_s_T).all()
