@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         PlanError,
         SimulationError,
     )
+    from moeplan.executing import execute
+    from moeplan.executor.execute import Execution
     from moeplan.explaining import Explanation, explain
     from moeplan.grid import Row, WhatIf, sweep, what_if
     from moeplan.placing import Placing, place
@@ -53,6 +55,8 @@ _HOMES = {
         "PlanError",
         "SimulationError",
     ),
+    "moeplan.executing": ("execute",),
+    "moeplan.executor.execute": ("Execution",),
     "moeplan.explaining": ("Explanation", "explain"),
     "moeplan.grid": ("Row", "WhatIf", "sweep", "what_if"),
     "moeplan.placing": ("Placing", "place"),
@@ -63,6 +67,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CatalogueError",
+    "Execution",
     "ExecutionError",
     "Explanation",
     "Figures",
@@ -83,6 +88,7 @@ __all__ = [
     "__version__",
     "cluster_from",
     "document",
+    "execute",
     "explain",
     "export",
     "load",

@@ -104,7 +104,7 @@ def simulate(
     Whether the plan fits in memory is told in `figures.memory`, and not asked here. Raises PlanError if it is illegal,
     with the name of its file.
     """
-    problem, chosen = load(scenario), _plan_of(plan)
+    problem, chosen = load(scenario), plan_of(plan)
     try:
         program = compile_plan(chosen, problem)
     except PlanError as error:
@@ -116,7 +116,8 @@ def simulate(
     return Simulation(scenario=problem, plan=chosen, timeline=timeline, figures=figures, noise=noise)
 
 
-def _plan_of(plan: Plan | PlanResult | str | PathLike[str]) -> Plan:
+def plan_of(plan: Plan | PlanResult | str | PathLike[str]) -> Plan:
+    """The plan itself, out of a result or a file. Raises MoeplanError for a file that holds none."""
     if isinstance(plan, PlanResult):
         return plan.plan
     return plan if isinstance(plan, Plan) else catalogue.read_plan(fspath(plan))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeplan._execute import execute
 from moeplan._explain import explain
 from moeplan._flags import (
     Batch,
@@ -119,6 +120,7 @@ def _give_up_stdout() -> None:
 app.add_typer(network_app(_guarded), name="network")
 app.command()(_guarded()(place))
 app.command()(_guarded()(explain))
+app.command()(_guarded()(execute))
 
 
 @app.command()

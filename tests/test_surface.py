@@ -17,6 +17,7 @@ import moeplan as mp
 
 HEAVY = ("highspy", "matplotlib", "networkx", "numpy", "pulp", "pydantic", "ruamel", "simpy", "torch")
 SIGNATURES = {
+    "execute": "(scenario, plan=None, *, steps=3, device='auto', seed=0, progress=None)",
     "document": "(source, changes={})",
     "explain": "(source, plan=None, *, replan=False, planner='ours', time_limit_s=None, gap=None, progress=None)",
     "export": "(result, path, *, format=None, **options)",
@@ -42,6 +43,9 @@ REPLAYED = (
     "policy", "options", "ratio_TL", "value_TL", "is_replaced_TL", "moves_TL", "migration_s_TL", "oracle",
 )  # fmt: skip
 FIELDS = {
+    "Execution": (
+        "scenario", "plan", "device", "timeline", "processor_s_T", "losses", "step_s_S", "sent_bytes", "gradients",
+    ),
     "Explanation": (
         "scenario", "plan", "step_s", "lower_bound_s", "causes_s", "path", "helps", "memory", "runner_up", "twins",
         "stability",

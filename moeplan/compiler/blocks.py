@@ -34,6 +34,8 @@ class Block:
     after: list[int] = field(default_factory=list)
     entry: list[int] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
+    behind_inputs: list[int] = field(default_factory=list)
+    """Steps of a pass of weight gradients that wait for the end of the pass of input gradients before it."""
     gradients: dict[int, list[int]] = field(default_factory=dict)
     """Layer -> the steps after which its weight gradients are complete."""
     opening: dict[int, list[int]] = field(default_factory=dict)

@@ -165,12 +165,17 @@ class Layout:
         for key, found in self.instances.items():
             if found.block.entry:
                 self._tie(self._ends_before(key), found.task_of_step[found.block.entry])
+            if found.block.behind_inputs:
+                ends = self._ends_of((key[0], "B", *key[2:]))
+                self._tie(ends, found.task_of_step[found.block.behind_inputs])
 
     def _ends_before(self, key: _Key) -> list[int]:
-        """The tasks that a pass waits for; a pass with nothing to do hands on what it waits for itself."""
+        """The tasks that a pass waits for."""
         source = self._source(*key)
-        if source is None:
-            return []
+        return [] if source is None else self._ends_of(source)
+
+    def _ends_of(self, source: _Key) -> list[int]:
+        """The last tasks of a pass; one with nothing to do hands on what it waits for itself."""
         found = self.instances[source]
         ends: list[int] = found.task_of_step[[step for step in found.block.last if step != ENTRY]].tolist()
         return ends + (self._ends_before(source) if ENTRY in found.block.last else [])

@@ -205,7 +205,9 @@ class Parts:
         move.
         """
         assert self.load is not None
-        key = (kind, stage, id(experts), -1 if self.load.is_even else moe)
+        # Padded to the most of each layer, layers whose sources are all alike still differ from one another.
+        which = float(self.load.tokens_SE_by_layer[moe][0, 0]) if self.load.is_even else moe
+        key = (kind, stage, id(experts), which)
         if self.plan.ep == 1 or key in self._exchanges:
             return self._exchanges.get(key)
         dispatch = kind == "dispatch"

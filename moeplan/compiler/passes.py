@@ -147,7 +147,8 @@ class PartBlocks:
             steps += block.gradients[NO_LAYER]
         if stage.has_embedding:
             # All of its backward pass: nobody waits for the gradient of what goes into the model.
-            steps += block.add(Stream.COMPUTE, parts.embedding(Pass.BACKWARD), [ENTRY])
+            block.behind_inputs = block.add(Stream.COMPUTE, parts.embedding(Pass.BACKWARD), [])
+            steps += block.behind_inputs
         return steps
 
     # ---- sends

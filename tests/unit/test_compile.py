@@ -16,6 +16,7 @@ from moeplan.domain.program import Pass, Program, Stream
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import PlanError, SimulationError
 from moeplan.network.expand import expand
+from moeplan.partition.route import load_of
 from moeplan.simulator.noise import Noise
 from moeplan.simulator.simulate import simulate
 
@@ -104,6 +105,32 @@ def test_tokens_in_fewer_bits_are_fewer_bytes() -> None:
     )
     assert small["dispatch"] == pytest.approx(plain["dispatch"] / 2)
     assert small["combine"] == plain["combine"]
+
+
+def test_layers_padded_to_their_own_most_send_their_own_bytes() -> None:
+    """All sources of a layer are alike then, but not all layers."""
+    given = catalogue.load("small-two-nodes", changes={"routing.router": "multinomial"})
+    plan = Plan(dp=4, ep=4, stages=(4,), capacity={"rule": "pad_to_max"})  # type: ignore[arg-type]
+    load = load_of(given, plan, rank_tokens=given.workload.sequence)
+    assert load is not None
+    most = [float(table[0, 0]) for table in load.tokens_SE_by_layer]
+    assert len(set(most)) > 1
+    sizes = {exchange.size_bytes for exchange in compile_plan(plan, given).exchanges if exchange.kind == "dispatch"}
+    assert sizes == {each * 8 * 256 * BF16 for each in most}
+
+
+def test_the_embedding_waits_for_what_tensor_ranks_sum_before_it() -> None:
+    program = compiled(tiny(), dp=2, tp=2, pp=2, stages=(2, 2), schedule="zero_bubble")
+    tasks = program.tasks
+    embedding = [
+        task for task in np.flatnonzero((tasks.stream_T == Stream.COMPUTE) & (tasks.layer_T == -1)).tolist()
+        if tasks.pass_T[task] == Pass.WEIGHT_GRADIENT and program.lanes[tasks.lane_T[task]].stage == 0
+    ]  # fmt: skip
+    assert embedding
+    for task in embedding:
+        before = program.before_D[program.after_D == task]
+        assert {program.kind(each) for each in before.tolist()} == {"tensor"}
+        assert (tasks.microbatch_T[before] == tasks.microbatch_T[task]).all()
 
 
 def test_uneven_routing_sends_what_the_router_says() -> None:
