@@ -1,4 +1,4 @@
-"""A lower bound of the copies through the busiest node, by prices: for any number of nodes, in a second.
+"""A lower bound of the copies through the busiest node, mostly by prices: for any number of nodes, in a second.
 
 Three families of rows tie the experts together: copies into a node, copies out of a node, and slots of a node. Each row
 is given a price (a Lagrange multiplier) of 0 or more, the first two families together 1. Then for *any* prices
@@ -66,8 +66,24 @@ def busiest_node_bound(nodes: NodeProblem, limits: Limits, *, is_even: bool, rou
         slots=nodes.slots,
         is_even=is_even,
     )
-    found = float(_ascend(terms, rounds)) * unit
+    found = max(float(_ascend(terms, rounds)) * unit, _companions(nodes))
     return float(min(found - _ROUNDING * abs(found), limits.busiest_node))
+
+
+def _companions(nodes: NodeProblem) -> float:
+    """Copies into the node of some expert, where there are no replicas: its own and those of the least ones beside it.
+
+    A node holds k = slots - (nodes - 1) * slots of a node experts or more. So wherever expert e stands, copies into
+    that node n are at least foreign[n, e] + the k - 1 least foreign[n, other]. Prices know that by halves only.
+    """
+    held = nodes.slots - (nodes.num_nodes - 1) * nodes.slots_per_node
+    if nodes.slots > nodes.num_experts or held < 1:
+        return 0.0
+    foreign_NE = nodes.tokens_NE.sum(axis=0) - nodes.tokens_NE
+    rising_NE = np.sort(foreign_NE, axis=1)
+    beside_N1 = rising_NE[:, : held - 1].sum(axis=1, keepdims=True)
+    into_NE = beside_N1 + np.maximum(foreign_NE, rising_NE[:, held - 1 : held])
+    return float(into_NE.min(axis=0).max())
 
 
 @compiled

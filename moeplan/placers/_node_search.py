@@ -25,6 +25,8 @@ from moeplan.placers._makespan import NodeProblem
 
 _PHASES = ((4, 0.7, 2e-3, 6e-6), (8, 0.3, 2e-5, 2e-7))
 """Squarings that make the power (16, 256), part of the steps, heat at the begin and at the end over the value."""
+_ALONE = 25.0
+"""Times as hot at the begin without replicas: where swaps alone are left, colder walks stay where they began."""
 _TWO53 = 1.0 / 9007199254740992.0
 
 
@@ -64,11 +66,11 @@ class _State(NamedTuple):
 
 def annealed(nodes: NodeProblem, start: NodeSlots, *, seed: int, steps: int, is_even: bool) -> NodeSlots:
     """The slots after so many tried moves; the same for the same seed."""
-    state = _state(nodes, start, seed=seed, is_even=is_even)
-    for squarings, part, hot, cold in _PHASES:
+    state, first = _state(nodes, start, seed=seed, is_even=is_even), _ALONE if nodes.slots == nodes.num_experts else 1.0
+    for phase, (squarings, part, hot, cold) in enumerate(_PHASES):
         scale = np.maximum([state.busy_3N[:2].max(), fullest(nodes, state.busy_3N[2], state.load_K)], 1e-9)
         prices = np.array([nodes.nic_s, nodes.compute_s]) * scale
-        _anneal(state, prices, scale, int(steps * part), squarings, hot, cold)
+        _anneal(state, prices, scale, int(steps * part), squarings, hot * (first if phase == 0 else 1.0), cold)
     return NodeSlots(expert_K=state.expert_K, node_K=start.node_K, load_K=state.load_K)
 
 

@@ -162,7 +162,7 @@ def test_no_placement_of_a_tiny_layer_is_below_the_bound_and_most_are_found(spli
 def test_each_bound_holds_for_any_limits_that_the_best_placement_keeps(split: str) -> None:
     """Bounds may use that better placements keep limits; so those of the best one itself are the hardest test."""
     for seed in range(15):
-        problem = random_problem(seed, experts=3, slots=4 + seed % 2, split=split)
+        problem = random_problem(seed, experts=3, slots=3 + seed % 3, split=split)
         nodes = NodeProblem.of(problem)
         least = min(value_s(problem, routed(problem, *each)) for each in all_replicas(problem))
         full = max(tokens for tokens, _ in token_bounds(problem))
@@ -171,6 +171,20 @@ def test_each_bound_holds_for_any_limits_that_the_best_placement_keeps(split: st
         assert nodes.seconds(max(busy, 0.0), full) <= least * (1 + 1e-5)
         _, bound_s = integer_slots(nodes, limits, gap=0.0, time_limit_s=10)
         assert bound_s <= least * (1 + 1e-5)
+
+
+def test_the_node_of_an_expert_as_large_as_a_node_is_bounded_with_what_stands_beside_it() -> None:
+    """One of 12 experts, on 3 nodes of 4 GPUs, has a third of all; three more stand beside it wherever it is."""
+    rng, prices = np.random.default_rng(0), replace(PRICES, gpus_per_node=4)
+    for _ in range(20):
+        tokens_NE = rng.lognormal(0, 0.6, (3, 12))
+        tokens_NE[:, 0] *= 6
+        foreign_NE = tokens_NE.sum(axis=0) - tokens_NE
+        beside_N = np.sort(foreign_NE[:, 1:], axis=1)[:, :3].sum(axis=1)
+        nodes = NodeProblem.of(PlacementProblem(tokens_SE=tokens_NE, num_gpus=12, slots=12, prices=prices))
+        limits = Limits.below(nodes, 1e9, busiest_node=0.0, fullest_gpu=float(tokens_NE.sum()))
+        busy = busiest_node_bound(nodes, limits, is_even=False, rounds=10)
+        assert busy >= (foreign_NE[:, 0] + beside_N).min() * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("split", ["even", "optimal"])
