@@ -29,11 +29,21 @@ from moeplan.planners._chains import Chain, Exchanges, backward, forward, weight
 from moeplan.planners._groups import Grid, cheapest, even_wire, even_wires, grid_of, send_wire, uneven_wires
 from moeplan.planners._outline import outline_of
 from moeplan.planners._pairs import Pairs
-from moeplan.planners._passes import Chains, Passes, Shape
+from moeplan.planners._passes import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Chains,
+    Passes,
+    Shape,
+    at_ends,
+    between,
+)
 from moeplan.planners._prices import ENDS, WORKS, Kind, Prices, hottest
 from moeplan.planners._space import Branch, Layout
 
-_F, _B, _I, _W = range(4)
+_F, _B, _I, _W = FORWARD, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 
 
 @dataclass
@@ -120,9 +130,11 @@ class Bounds:
         layout, shape = branch.layout, self.shape(branch.layout)
         microbatches = self.microbatches(branch)
         outline = outline_of(layout, self.training)
-        onward = np.concatenate([np.zeros((1, len(passes.hop))), np.cumsum(passes.forward + passes.hop, axis=0)])
-        least = np.minimum(passes.backward, passes.input_gradient)
-        backward = np.concatenate([np.zeros((1, len(passes.hop))), np.cumsum(least + passes.hop, axis=0)])
+        none = np.zeros((1, len(passes.hop)))
+        then = np.concatenate([passes.before_forward[1:], none])
+        onward = np.concatenate([none, np.cumsum(passes.forward + passes.hop + then, axis=0)])
+        least = np.minimum(passes.backward, passes.input_gradient) + passes.before_backward
+        backward = np.concatenate([none, np.cumsum(least + passes.hop, axis=0)])
         fill, work, drain = [], [], []
         for rank, held in enumerate(shape.virtual):
             start, end = outline.first[rank], outline.last[rank]
@@ -201,7 +213,9 @@ class Bounds:
             busy = [self.summed(branch, p, what) for p in (_F, _B) for what in ("busy", "sent", "flow")]
             busy[0] = np.maximum(busy[0] - early, 0.0)
         hop, size = send_wire(self.prices, layout), self.send_bytes(branch)
+        before = between(shape, chains)
         return Passes(
+            before_forward=before[0], before_backward=before[1],
             forward=forward, backward=backward, input_gradient=input_gradient, weight_gradient=weight_gradient,
             busy_forward=busy[0], sent_forward=busy[1], flow_forward=busy[2],
             busy_backward=busy[3], sent_backward=busy[4], flow_backward=busy[5], shares=self._shares,
@@ -232,14 +246,9 @@ class Bounds:
     @staticmethod
     def _stages(span_KU: Floats, p: int, shape: Shape, chains: Chains) -> Floats:
         """[V, U]: one pass through each virtual stage, less the exchanges at its ends that others may hide."""
-        chain, ends = chains.by_pass[("forward", "backward", "input_gradient")[p]], chains.ends[:, p]
+        ends, (loose, trail) = chains.ends[:, p], at_ends(p, shape, chains)
         total = shape.counts_VK @ span_KU
-        start, end = (shape.first_V, shape.last_V) if p == _F else (shape.last_V, shape.first_V)
-        loose, trail = chain.lead[start], chain.trail[end]
-        opens, closes = (0, -1) if p == _F else (-1, 0)
-        loose[opens] = 0.0
         if p != _I:
-            trail[closes] = 0.0
             total[0] += ends[0]
         total[-1] += ends[1]
         for kind in shape.extra:

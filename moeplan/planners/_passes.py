@@ -13,6 +13,8 @@ from moeplan.cost.cost_model import Shares
 from moeplan.domain.program import Floats, Ints
 from moeplan.planners._chains import Chain, Exchanges, beside_s
 
+FORWARD, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(4)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
@@ -32,6 +34,9 @@ class Passes:
     flow_backward: Floats
     hop: Floats
     """[U]: from one pipeline rank to the next."""
+    before_forward: Floats
+    before_backward: Floats
+    """Between the pass of the virtual stage before (behind) and this one, beside the hop: exchanges at their ends."""
     shares: Shares
 
     @property
@@ -91,3 +96,27 @@ class Chains:
     def flow_s(self, kind: int, name: str, passes: int) -> Floats | None:
         """[U] of them while a dispatch or combine has its bytes on the wires; None: of nothing else is it known."""
         return getattr(self.exchanges[kind], f"{name}_flow", None)
+
+
+def at_ends(p: int, shape: Shape, chains: Chains) -> tuple[Floats, Floats]:
+    """[V, U]: the exchanges before the first and behind the last computation of a pass, but for those of the model's
+    ends.
+    """
+    chain = chains.by_pass[("forward", "backward", "input_gradient")[p]]
+    start, end = (shape.first_V, shape.last_V) if p == FORWARD else (shape.last_V, shape.first_V)
+    lead, trail = chain.lead[start], chain.trail[end]
+    opens, closes = (0, -1) if p == FORWARD else (-1, 0)
+    lead[opens] = 0.0
+    if p != INPUT_GRADIENT:
+        trail[closes] = 0.0
+    return lead, trail
+
+
+def between(shape: Shape, chains: Chains) -> tuple[Floats, Floats]:
+    """[V, U]: the exchanges behind one pass and before the next of the same direction: forward and backward."""
+    lead, trail = at_ends(FORWARD, shape, chains)
+    back = [at_ends(p, shape, chains) for p in (BACKWARD, INPUT_GRADIENT)]
+    forward, backward = np.zeros_like(lead), np.zeros_like(lead)
+    forward[1:] = trail[:-1] + lead[1:]
+    backward[:-1] = np.minimum(*(each[0] for each in back))[:-1] + np.minimum(*(each[1] for each in back))[1:]
+    return forward, backward

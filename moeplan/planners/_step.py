@@ -130,7 +130,7 @@ class StepBounds:
             each = pass_VDE[stages].sum(axis=0) * microbatches[:, None, None] / layout.copies
             occupied.append(each + update_PDE[rank])
         first = gather_VDE[0] - passes.forward[0][:, None, None]
-        opening = np.maximum(first, 0.0) if choices.overlap_gradients and layout.copies == 1 else np.zeros_like(first)
+        opening = np.maximum(first, 0.0) if choices.overlap_gradients else np.zeros_like(first)
         return opening, np.array(closing), np.array(occupied).max(axis=0)
 
     # ---- weights and their exchanges
@@ -226,8 +226,8 @@ class StepBounds:
         ends = self._ends[key]
         if not self.bounds.training:
             return float(ends.max())
-        _, closing, _ = self._once(branch, passes)
-        return float((ends + closing[:, 0, 0, 0]).max())
+        opening, closing, _ = self._once(branch, passes)
+        return float((ends + closing[:, 0, 0, 0]).max() + opening[0, 0, 0])
 
     def _ends_s(self, plan: Plan, branch: Branch, passes: Passes) -> Floats:
         """[P]: when each pipeline rank ends its last pass."""
@@ -252,7 +252,7 @@ class StepBounds:
         ]  # fmt: skip
         times = finish_times(
             orders(plan, self.bounds.scenario), virtual_stages=shape.virtual, durations_s=durations,
-            hop_s=float(passes.hop[0]), pair_s=pair_s if branch.layout.copies > 1 else None,
+            hop_s=float(passes.hop[0]), before_s=_before(passes), pair_s=pair_s if branch.layout.copies > 1 else None,
         )  # fmt: skip
         return np.array([stage[-1] for stage in times.finish_s])
 
@@ -267,3 +267,9 @@ class StepBounds:
             self.bounds.pairs.paths_s(branch, rank, forward, 1 - forward, begin=each)[:, 0].tolist() for each in (0, 1)
         ]
         return ((max(own[0], exact[0][0]), exact[0][1]), (exact[1][0], max(own[1], exact[1][1])))
+
+
+def _before(passes: Passes) -> dict[str, list[float]]:
+    """Of one plan, as `finish_times` asks for it."""
+    forward, backward = passes.before_forward[:, 0].tolist(), passes.before_backward[:, 0].tolist()
+    return {"F": forward, "B": backward, "I": backward}

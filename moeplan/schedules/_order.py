@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from moeplan.errors import SimulationError
@@ -111,12 +112,14 @@ def finish_times(
     virtual_stages: Sequence[Sequence[int]],
     durations_s: Sequence[Sequence[Mapping[str, float]]],
     hop_s: float = 0.0,
+    before_s: Mapping[str, Sequence[float]] = MappingProxyType({}),
     pair_s: Callable[[int, Slot], Paths] | None = None,
 ) -> Times:
     """When every slot starts and finishes if each stage works in order and starts as soon as it may.
 
     F waits for F of the virtual stage before; B and I for B or I of the one after and for their own F; W for its own
-    I; a dependency on another stage arrives `hop_s` after it finished. `virtual_stages[stage][chunk]` is the position
+    I; a dependency on another stage arrives `hop_s` after it finished, and what F, B or I of virtual stage v needs of
+    its neighbour `before_s[kind][v]` later still. `virtual_stages[stage][chunk]` is the position
     in model order, `durations_s[stage][chunk][kind]` the seconds of an action, `pair_s(stage, slot)[i][j]` the least
     from the beginning of action i to the end of action j in a slot of two (None: nothing is hidden, both end after
     the sum).
@@ -124,7 +127,7 @@ def finish_times(
     Sends cost no time of the stage and wires are never shared, so with costs that are lower bounds this is a lower
     bound. Raises SimulationError that names the stuck actions if the orders wait for one another.
     """
-    run = _Run(orders, virtual_stages, hop_s, pair_s)
+    run = _Run(orders, virtual_stages, hop_s, before_s, pair_s)
     tables = [run.table(stage, costs_s) for stage, costs_s in enumerate(durations_s)]
     awake = list(range(len(orders)))
     while awake:
@@ -137,7 +140,7 @@ def finish_times(
     return run.times
 
 
-_Row = tuple[int, int, int, float]
+_Row = tuple[int, int, int, float, float]
 _NOBODY = -1
 
 
@@ -153,11 +156,12 @@ class _Run:
         orders: Sequence[Sequence[Slot]],
         virtual_stages: Sequence[Sequence[int]],
         hop_s: float,
+        before_s: Mapping[str, Sequence[float]],
         pair_s: Callable[[int, Slot], Paths] | None,
     ) -> None:
         microbatches = {action.microbatch for order in orders for slot in order for action in slot}
         self.orders, self.virtual_stages = orders, virtual_stages
-        self.hop_s, self.pair_s = hop_s, pair_s
+        self.hop_s, self.before_s, self.pair_s = hop_s, before_s, pair_s
         self.num_virtual = 1 + max((position for stage in virtual_stages for position in stage), default=0)
         self.num_microbatches = 1 + max(microbatches, default=0)
         pending = 2 * self.num_virtual * self.num_microbatches
@@ -175,12 +179,13 @@ class _Run:
             before, after = (own - 1 if own else always), (back + 1 if own < last else always)
             backward = (after, own, back)
             needs = {"F": (before, always, own), "B": backward, "I": backward, "W": (back, always, _NOBODY)}
-            table.append({kind: self._row(*needs[kind], seconds) for kind, seconds in cost_s.items()})
+            later_s = {kind: self.before_s[kind][own] if kind in self.before_s else 0.0 for kind in cost_s}
+            table.append({kind: self._row(*needs[kind], seconds, later_s[kind]) for kind, seconds in cost_s.items()})
         return table
 
-    def _row(self, first: int, second: int, own: int, seconds: float) -> _Row:
+    def _row(self, first: int, second: int, own: int, seconds: float, later_s: float) -> _Row:
         size = self.num_microbatches
-        return first * size, second * size, own * size if own != _NOBODY else _NOBODY, seconds
+        return first * size, second * size, own * size if own != _NOBODY else _NOBODY, seconds, later_s
 
     def next_slot(self, stage: int) -> Slot:
         """The first slot that a stage has not run."""
@@ -197,11 +202,12 @@ class _Run:
             begins_s = []
             for kind, chunk, microbatch in slot:
                 row, begin_s = table[chunk][kind], clock_s
-                for need in (row[0] + microbatch, row[1] + microbatch):
+                for need, later_s in ((row[0] + microbatch, row[4]), (row[1] + microbatch, 0.0)):
                     there_s = done_s[need]
                     if there_s is None:
                         self.waiting.setdefault(need, []).append(stage)
                         return woken
+                    there_s += later_s
                     if done_by[need] != stage and done_by[need] != _NOBODY:
                         there_s += hop_s
                     if there_s > begin_s:
