@@ -4,8 +4,9 @@ PuLP builds it, since it is small. HiGHS solves it in process; CBC is a second o
 placement is read off its places alone, and the bound is HiGHS' dual bound less its tolerance.
 
 Variables: `on[e, k, g]` says that expert e has k replicas of which one is on GPU g, where the split is even; `on[e, g]`
-and `part[e, g]`, the tokens of e that g serves, where it is free. Tokens are in means of a GPU.
-Axes of arrays: E expert, G GPU.
+and `part[e, g]`, the tokens of e that g serves, where it is free. Tokens are in means of a GPU. Where there are prices,
+also `busy`, the copies through the busiest node, and with a free split `kept[e, m]`, those of e that stay in node m.
+Axes of arrays: E expert, G GPU, N node.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from moeplan.domain.placement import Floats, LayerPlacement, PlacementProblem
 from moeplan.placers._cbc import solve_programme
 from moeplan.placers._counts import any_counts, options
 from moeplan.placers._highs import hush
+from moeplan.placers._makespan import NodeProblem, routed, unit_s
 from moeplan.placers._split import best_shares
 
+WHOLE = "one programme for the whole problem: dual bound of HiGHS less its tolerance"
 _TOLERANCE = 2e-6
 """Of HiGHS' rows and of its bound, in means of a GPU: twice its 1e-6."""
+_PRICED = 1e-7
+"""Of HiGHS' reduced costs: where there are prices, its bound may be too high by this for each unit of variables."""
 Terms = dict[tuple[int, int], list[tuple[int, pulp.LpVariable]]]
 """Of expert e on GPU g: each possible number of replicas, and the variable that says so."""
 
@@ -35,12 +40,12 @@ class Model:
     programme: pulp.LpProblem
     on: Terms
     scale: float
-    """Tokens of a mean GPU."""
+    """What 1 in the objective is: the tokens of a mean GPU, or with prices seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Answer:
-    """A placement, if one was found, and tokens that no placement is below (0 where the solver told none)."""
+    """A placement, if one was found, and tokens or seconds that none is below (0 where the solver told none)."""
 
     placement: LayerPlacement | None
     bound: float
@@ -53,24 +58,29 @@ def size(problem: PlacementProblem) -> int:
 
 
 def written_out(problem: PlacementProblem, *, high: float) -> Model:
-    """The programme for placements whose fullest GPU has `high` tokens at most."""
+    """The programme for placements whose replicas have `high` tokens at most."""
     programme = pulp.LpProblem("placement", pulp.LpMinimize)
-    scale = float(problem.tokens_E.sum()) / problem.num_gpus
-    fullest = programme.add_variable("fullest", 0)
-    programme += fullest
+    mean = float(problem.tokens_E.sum()) / problem.num_gpus
+    nodes = NodeProblem.of(problem) if problem.prices else None
+    fullest, busy = programme.add_variable("fullest", 0), programme.add_variable("busy", 0) if nodes else None
+    programme += fullest if nodes is None else _seconds(programme, fullest, busy, nodes)
     if problem.split == "even":
         on = _even_variables(programme, problem, high=high)
         _counts_agree(programme, on, problem)
-        _load_even(programme, on, fullest, problem.tokens_E / scale, problem.num_gpus)
+        _load_even(programme, on, fullest, problem.tokens_E / mean, problem.num_gpus)
+        if nodes is not None:
+            _through_a_node_even(programme, on, busy, nodes.tokens_NE / mean, nodes.gpus_per_node)
     else:
         on = _free_variables(programme, problem)
-        _load_free(programme, on, fullest, problem.tokens_E / scale, problem.num_gpus)
+        part = _load_free(programme, on, fullest, problem.tokens_E / mean, problem.num_gpus)
+        if nodes is not None:
+            _through_a_node_free(programme, part, busy, nodes.tokens_NE / mean, nodes.gpus_per_node)
     _every_expert_somewhere(programme, on, problem)
     _every_slot_used(programme, on, problem)
     _slots_of_a_gpu(programme, on, problem)
     if problem.max_moves is not None:
         _few_moves(programme, on, problem)
-    return Model(programme=programme, on=on, scale=scale)
+    return Model(programme=programme, on=on, scale=mean if nodes is None else unit_s(nodes))
 
 
 def solved_by_highs(problem: PlacementProblem, model: Model, *, gap: float, time_limit_s: float) -> Answer:
@@ -79,7 +89,9 @@ def solved_by_highs(problem: PlacementProblem, model: Model, *, gap: float, time
     hush()
     model.programme.solve(solver)
     info = model.programme.solverModel.getInfo()
-    bound = (info.mip_dual_bound - _TOLERANCE) * model.scale if np.isfinite(info.mip_dual_bound) else 0.0
+    sizes = problem.slots + problem.num_experts + 2 * problem.num_gpus + 3 if problem.prices else 0
+    tolerance = max(_TOLERANCE, _PRICED * sizes)
+    bound = (info.mip_dual_bound - tolerance) * model.scale if np.isfinite(info.mip_dual_bound) else 0.0
     # PuLP's status says "Optimal" for a time limit with a solution, so only the values are asked.
     found = any(variable.varValue for variable in model.programme.variables())
     return Answer(placement=_read(problem, model) if found else None, bound=max(0.0, bound))
@@ -126,7 +138,9 @@ def _load_even(programme: pulp.LpProblem, on: Terms, fullest: pulp.LpVariable, t
         programme += pulp.lpSum(load) <= fullest
 
 
-def _load_free(programme: pulp.LpProblem, on: Terms, fullest: pulp.LpVariable, tokens_E: Floats, num_gpus: int) -> None:
+def _load_free(
+    programme: pulp.LpProblem, on: Terms, fullest: pulp.LpVariable, tokens_E: Floats, num_gpus: int
+) -> dict[tuple[int, int], pulp.LpVariable]:
     """`part[e, g] <= tokens[e] * on[e, g]`, `sum_g part[e, g] = tokens[e]` and `sum_e part[e, g] <= fullest`."""
     part = {place: programme.add_variable(f"part_{place[0]}_{place[1]}", 0) for place in on}
     for (e, g), [(_, variable)] in on.items():
@@ -135,6 +149,49 @@ def _load_free(programme: pulp.LpProblem, on: Terms, fullest: pulp.LpVariable, t
         programme += pulp.lpSum(part[e, g] for g in range(num_gpus)) == tokens
     for g in range(num_gpus):
         programme += pulp.lpSum(part[e, g] for e in range(tokens_E.size)) <= fullest
+    return part
+
+
+def _seconds(
+    programme: pulp.LpProblem, fullest: pulp.LpVariable, busy: pulp.LpVariable, nodes: NodeProblem
+) -> pulp.LpAffineExpression:
+    """`exchange + compute_s * fullest`, where `exchange >= nic_s * busy` and `exchange >= nvlink_s * fullest`."""
+    each_s = unit_s(nodes) * nodes.num_nodes * nodes.gpus_per_node / float(nodes.tokens_NE.sum())
+    exchange = programme.add_variable("exchange", 0)
+    programme += exchange >= nodes.nic_s / each_s * busy
+    programme += exchange >= nodes.nvlink_s / each_s * fullest
+    return exchange + nodes.compute_s / each_s * fullest
+
+
+def _through_a_node_even(
+    programme: pulp.LpProblem, on: Terms, busy: pulp.LpVariable, tokens_NE: Floats, size: int
+) -> None:
+    """Of each node m, `sum_e,k,g in m foreign[m, e] / k * on[e, k, g] <= busy`, and the same for what leaves it:
+    `sum_e own[m, e] - sum_e,k,g in m own[m, e] / k * on[e, k, g] <= busy`.
+    """
+    total_E = tokens_NE.sum(axis=0)
+    for m, own_E in enumerate(tokens_NE):
+        here = [(e, 1 / k * variable) for (e, g), terms in on.items() if g // size == m for k, variable in terms]
+        programme += pulp.lpSum(float(total_E[e] - own_E[e]) * part for e, part in here) <= busy
+        programme += float(own_E.sum()) - pulp.lpSum(float(own_E[e]) * part for e, part in here) <= busy
+
+
+def _through_a_node_free(
+    programme: pulp.LpProblem, part: dict[tuple[int, int], pulp.LpVariable], busy: pulp.LpVariable,
+    tokens_NE: Floats, size: int,
+) -> None:  # fmt: skip
+    """`kept[e, m] <= own[m, e]`, `kept[e, m] <= sum_g in m part[e, g]`; of each node m, what comes in,
+    `sum_e,g in m part[e, g] - sum_e kept[e, m] <= busy`, and what leaves, `sum_e own[m, e] - kept[e, m] <= busy`.
+    """
+    for m, own_E in enumerate(tokens_NE):
+        kept = [programme.add_variable(f"kept_{e}_{m}", 0, own) for e, own in enumerate(own_E.tolist())]
+        here = [
+            [variable for (e, g), variable in part.items() if e == at and g // size == m] for at in range(len(kept))
+        ]
+        for stays, parts in zip(kept, here, strict=True):
+            programme += stays <= pulp.lpSum(parts)
+        programme += pulp.lpSum(variable for parts in here for variable in parts) - pulp.lpSum(kept) <= busy
+        programme += float(own_E.sum()) - pulp.lpSum(kept) <= busy
 
 
 def _every_expert_somewhere(programme: pulp.LpProblem, on: Terms, problem: PlacementProblem) -> None:
@@ -174,6 +231,8 @@ def _read(problem: PlacementProblem, model: Model) -> LayerPlacement | None:
     if {e for e, _ in places} != set(range(problem.num_experts)):
         return None
     expert_R, gpu_R = np.array(places, np.int64).T
+    if problem.prices is not None:
+        return routed(problem, expert_R, gpu_R)
     if problem.split == "even":
         return LayerPlacement.even(expert_R, gpu_R)
     share_R = best_shares(problem.tokens_E, expert_R, gpu_R, problem.num_gpus)

@@ -15,7 +15,7 @@ from moeplan.placers._branching import refuted
 from moeplan.placers._check import check, value
 from moeplan.placers._configurations import ConfigurationLP, Fractions, Prices, stretched
 from moeplan.placers._counts import any_counts
-from moeplan.placers._direct import size, solved_by_highs, written_out
+from moeplan.placers._direct import WHOLE, size, solved_by_highs, written_out
 from moeplan.placers._packing import long_walks, rounded_and_packed
 from moeplan.placers._pairs import pairable
 
@@ -27,7 +27,6 @@ PuLP takes a second to write 8000 out, which no time limit cuts.
 _CONFIGURATIONS = "configuration LP: prices of experts and slots that no contents of the GPUs can pay, for any counts"
 _BRANCHING = "branching on replica counts: the configuration LP refutes every range of counts by itself"
 _PAIRS = "pairs: no replica counts have partners small enough for their large replicas (dual bound of HiGHS)"
-_WHOLE = "one programme for the whole problem: dual bound of HiGHS less its tolerance"
 _ROUNDING = 1e-9
 _NEAR, _AT_ONCE = 10, 0.9
 """Gaps, in wanted ones, up to which the wanted one is tried at once, and what then is tried."""
@@ -96,7 +95,7 @@ def _solve_whole(search: Search) -> None:
     answer = solved_by_highs(search.problem, model, gap=search.gap / 2, time_limit_s=search.stop_s - clock_s())
     if answer.placement is not None:
         search.offer(answer.placement)
-    search.prove(answer.bound, _WHOLE)
+    search.prove(answer.bound, WHOLE)
 
 
 def _bisect_lp(search: Search, lp: ConfigurationLP) -> None:

@@ -2,7 +2,8 @@
 
 Traffic between nodes is most of such a layer's seconds, and depends on nodes only; so nodes are decided first, by
 annealing and, where few experts and nodes leave it time, by an integer programme. Inside a node replicas are packed by
-load, which is easy: a few slots on each GPU. The bound is that of nodes plus that of the fullest GPU.
+load, which is easy: a few slots on each GPU. The bound is that of nodes plus that of the fullest GPU. A layer that is
+small enough is one programme as a whole.
 
 Axes of arrays: G GPU, K slot of a node, N node, P place on a GPU, R replica.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from moeplan.errors import PlanError
 from moeplan.jit import clock_s, compiled
 from moeplan.placers._bounds import token_bounds
 from moeplan.placers._check import certified
+from moeplan.placers._direct import WHOLE, size, solved_by_highs, written_out
+from moeplan.placers._exact import SMALL
 from moeplan.placers._makespan import NodeProblem, routed, value_s
 from moeplan.placers._node_bound import busiest_node_bound
 from moeplan.placers._node_ilp import Limits, integer_slots
@@ -47,6 +51,17 @@ class _Found:
         return min(self.value_s, nodes.seconds(self.busiest_node, self.fullest_gpu))
 
 
+class _Bound(NamedTuple):
+    """Seconds that no placement is below, and how that was found."""
+
+    seconds: float
+    proof: str
+
+    def raised(self, seconds: float, proof: str) -> _Bound:
+        """The better one."""
+        return max(self, _Bound(seconds, proof), key=lambda each: each.seconds)
+
+
 def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: float) -> PlacedLayer:
     """Experts on nodes and GPUs by the seconds that `problem.prices` state, with a bound.
 
@@ -60,38 +75,63 @@ def place(problem: PlacementProblem, *, rng: np.random.Generator, time_limit_s: 
     # Nodes that send the same are best served differently, each by itself first.
     problem = replace(problem, tokens_SE=nodes.tokens_NE)
     last_s = begin + time_limit_s
-    found, bound_s = _annealed(problem, nodes, rng=rng, last_s=begin + time_limit_s / 2)
-    proof = "prices of nodes: a Lagrangian bound of the busiest node's copies, and one of the fullest GPU's"
-    left_s = last_s - clock_s()
-    if found.value_s > bound_s * (1 + _PROVEN) and _fits_ilp(problem, nodes) and left_s > 0:
-        slots, ilp_s = integer_slots(nodes, _limits(nodes, found), gap=_PROVEN, time_limit_s=left_s / 2)
-        if min(ilp_s, found.value_s) > bound_s:
-            bound_s, proof = min(ilp_s, found.value_s), "integer programme of nodes: the solver's dual bound"
-        if slots is not None:
-            found = _better(found, _packed(problem, nodes, slots, fullest_gpu=found.fullest_gpu))
-    placement = _descended(problem, found.placement, bound_s=bound_s, last_s=last_s)
-    return certified(problem, placement, seconds=clock_s() - begin, bound=bound_s, proof=proof)
+    found, bound = _annealed(problem, nodes, rng=rng, last_s=begin + time_limit_s / 2)
+    for method, fits in ((_by_nodes, _fits_nodes), (_by_whole, _is_small)):
+        left_s = last_s - clock_s()
+        if found.value_s > bound.seconds * (1 + _PROVEN) and fits(problem, nodes) and left_s > 0:
+            found, bound = method(problem, nodes, found, bound, time_limit_s=left_s / 2)
+    placement = _descended(problem, found.placement, bound_s=bound.seconds, last_s=last_s)
+    return certified(problem, placement, seconds=clock_s() - begin, bound=bound.seconds, proof=bound.proof)
 
 
 def _annealed(
     problem: PlacementProblem, nodes: NodeProblem, *, rng: np.random.Generator, last_s: float
-) -> tuple[_Found, float]:
-    """The best of some annealings, and seconds that no placement is below; the first that is proven is enough."""
+) -> tuple[_Found, _Bound]:
+    """The best of some annealings, and its bound; the first that is proven is enough, and one where more follows."""
     found, bound_s = None, 0.0
     fullest_gpu = max(tokens for tokens, _ in token_bounds(problem))
-    for number, seed in enumerate(rng.integers(2**62, size=_SEEDS).tolist()):
+    seeds = rng.integers(2**62, size=1 if _is_small(problem, nodes) else _SEEDS).tolist()
+    for number, seed in enumerate(seeds):
         found = _better(found, _by_annealing(problem, nodes, seed=seed, fullest_gpu=fullest_gpu))
-        if number in (0, _SEEDS - 1):
+        if number in (0, len(seeds) - 1):
             found = _bounded(problem, nodes, found)
             bound_s = max(bound_s, found.bound_s(nodes))
         if found.value_s <= bound_s * (1 + _PROVEN) or clock_s() > last_s:
             break
     assert found is not None
-    return found, bound_s
+    proof = "prices of nodes: a Lagrangian bound of the busiest node's copies, and one of the fullest GPU's"
+    return found, _Bound(bound_s, proof)
 
 
-def _fits_ilp(problem: PlacementProblem, nodes: NodeProblem) -> bool:
+def _by_nodes(
+    problem: PlacementProblem, nodes: NodeProblem, found: _Found, bound: _Bound, *, time_limit_s: float
+) -> tuple[_Found, _Bound]:
+    """What the integer programme of nodes finds and proves."""
+    slots, ilp_s = integer_slots(nodes, _limits(nodes, found), gap=_PROVEN, time_limit_s=time_limit_s)
+    bound = bound.raised(min(ilp_s, found.value_s), "integer programme of nodes: the solver's dual bound")
+    if slots is not None:
+        found = _better(found, _packed(problem, nodes, slots, fullest_gpu=found.fullest_gpu))
+    return found, bound
+
+
+def _by_whole(
+    problem: PlacementProblem, nodes: NodeProblem, found: _Found, bound: _Bound, *, time_limit_s: float
+) -> tuple[_Found, _Bound]:
+    """What one programme for experts on GPUs finds and proves, among placements no worse than the found one."""
+    high = min(_limits(nodes, found).fullest_gpu, float(problem.tokens_E.sum()))
+    answer = solved_by_highs(problem, written_out(problem, high=high), gap=0.0, time_limit_s=time_limit_s)
+    bound = bound.raised(min(answer.bound, found.value_s), WHOLE)
+    if answer.placement is not None:
+        found = _better(found, replace(found, placement=answer.placement, value_s=value_s(problem, answer.placement)))
+    return found, bound
+
+
+def _fits_nodes(problem: PlacementProblem, nodes: NodeProblem) -> bool:
     return problem.split == "optimal" and nodes.num_nodes > 1 and nodes.tokens_NE.size <= _SMALL
+
+
+def _is_small(problem: PlacementProblem, nodes: NodeProblem) -> bool:
+    return size(problem) <= SMALL
 
 
 def _better(found: _Found | None, other: _Found) -> _Found:

@@ -3,7 +3,7 @@
 Local search and the cheap bounds come first: they settle most layers of three or more slots on a GPU in milliseconds.
 Where the wanted gap is not proven, `_exact` goes on:
 
-    prices                                    the nodes' programme (`_nodes`)
+    prices                                    the nodes' programme; with few variables also the whole one (`_nodes`)
     visits                                    `co_activation`
     few variables, free split, or few moves   the whole problem as one programme (`_direct`)
     else                                      limits between bound and value, each refuted or met by a placement

@@ -1,6 +1,6 @@
 """Placements of tiny layers against all that there are; HiGHS against CBC.
 
-Axes of arrays: E expert, G GPU, A set of GPUs as a bit mask, M node, P placement.
+Axes of arrays: E expert, G GPU, A set of GPUs as a bit mask, P placement.
 """
 
 from __future__ import annotations
@@ -8,14 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moeplan.domain.placement import PlacementProblem, TokenPrices
-from moeplan.placers import block, ilp
+from moeplan.domain.placement import PlacementProblem
+from moeplan.placers import ilp
 from moeplan.placers._cbc import cbc_path
 from moeplan.placers._check import value
 from moeplan.placers._direct import solved_by_cbc, solved_by_highs, written_out
-from moeplan.placers._makespan import NodeProblem
-from moeplan.placers._node_ilp import Limits, integer_slots, model_of, slots_by_cbc
-from moeplan.placers._node_search import estimate_s
 
 CLOSE = 1e-6
 KINDS = ("no replicas", "even", "optimal", "moves")
@@ -69,24 +66,6 @@ def _bound_AA(problem: PlacementProblem, masks_A: np.ndarray, here_AG: np.ndarra
     return ((masks_A[:, None] & masks_A) > 0) * alone_A / here_AG.sum(axis=1)[:, None]
 
 
-def random_nodes(rng: np.random.Generator) -> tuple[NodeProblem, Limits]:
-    """Up to 8 experts on up to 3 nodes of up to 2 GPUs, and what solutions as good as a simple one keep."""
-    num_nodes, size = int(rng.integers(2, 4)), int(rng.integers(1, 3))
-    tokens_NE = np.round(np.exp(rng.normal(4, 1.0, (num_nodes, int(rng.integers(3, 9))))))
-    experts = tokens_NE.shape[1]
-    prices = TokenPrices(
-        gpus_per_node=size, compute_s=float(rng.choice([0.05, 0.15, 2.0])), nic_s=0.16,
-        nvlink_s=float(rng.choice([0.0, 0.05, 1.0])),
-    )  # fmt: skip
-    problem = PlacementProblem(
-        tokens_SE=tokens_NE, num_gpus=num_nodes * size, slots=experts + int(rng.integers(0, 4)), split="optimal",
-        prices=prices,
-    )  # fmt: skip
-    nodes = NodeProblem.of(problem)
-    value_s = block.place(problem, rng=rng, time_limit_s=1.0).value
-    return nodes, Limits.below(nodes, value_s, busiest_node=0.0, fullest_gpu=float(tokens_NE.sum()) / problem.num_gpus)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_250_tiny_layers_get_the_best_placement_of_all(kind: str) -> None:
     rng = np.random.default_rng(KINDS.index(kind))
@@ -112,22 +91,3 @@ def test_highs_and_cbc_agree_on_200_layers() -> None:
         assert len(found) == 2
         assert found[0] == pytest.approx(found[1], rel=CLOSE), (number, problem)
         assert answers[0].bound <= found[0] * (1 + 1e-9)
-
-
-@pytest.mark.skipif(cbc_path() is None, reason="CBC is not installed")
-def test_highs_and_cbc_agree_on_40_problems_of_nodes() -> None:
-    rng = np.random.default_rng(11)
-    for number in range(40):
-        nodes, limits = random_nodes(rng)
-        model, v = model_of(nodes, limits)
-        cost = np.concatenate(model.cost)
-        by_highs, by_cbc = model.solve(time_limit_s=20).values, model.solve_by_cbc(time_limit_s=20).values
-        assert by_highs is not None
-        assert by_cbc is not None
-        assert float(cost @ by_highs) == pytest.approx(float(cost @ by_cbc), rel=CLOSE), number
-        assert np.abs(by_cbc[v.x_EM] - by_cbc[v.x_EM].round()).max() < CLOSE
-        slots = slots_by_cbc(nodes, limits, gap=0.0, time_limit_s=20)
-        _, bound_s = integer_slots(nodes, limits, gap=0.0, time_limit_s=20)
-        if slots is not None:
-            assert np.bincount(slots.expert_K[slots.expert_K >= 0], minlength=nodes.num_experts).sum() == nodes.slots
-            assert estimate_s(nodes, slots, is_even=False) >= bound_s * (1 - CLOSE), number
