@@ -187,5 +187,5 @@ def _format_of(path: str | PathLike[str], result: Exported) -> str:
     fitting = [name for name, known in suffixes.items() if fspath(path).lower().endswith(known)]
     if len(fitting) == 1:
         return fitting[0]
-    can = " and ".join(fitting) or "no format"
+    can = " and ".join(filter(None, (", ".join(fitting[:-1]), *fitting[-1:]))) or "no format"
     raise MoeplanError(f"{fspath(path)}: {can} can write this; say which format it shall be: {', '.join(suffixes)}")

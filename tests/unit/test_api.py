@@ -140,7 +140,7 @@ def test_a_suffix_that_one_format_has_chooses_it(simulation: mp.Simulation, tmp_
 
 
 def test_a_suffix_that_several_formats_have_needs_a_format(simulation: mp.Simulation, tmp_path: Path) -> None:
-    with pytest.raises(mp.MoeplanError, match="perfetto and table"):
+    with pytest.raises(mp.MoeplanError, match="perfetto, sglang and table"):
         mp.export(simulation, tmp_path / "step.json")
     mp.export(simulation, tmp_path / "step.json", format="perfetto")
     assert json.loads((tmp_path / "step.json").read_text())["traceEvents"]
