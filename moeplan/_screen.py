@@ -174,6 +174,7 @@ def _count(number: float) -> str:
 def certificate(result: PlanResult) -> str:
     """`proven best of 12,345 legal plans`, or how far from the best the plan can be, and why no more is known."""
     legal = f"{result.evaluated.legal:,} legal plan" + ("s" if result.evaluated.legal != 1 else "")
+    legal += ", wherever experts stand" if result.plan.placement is not None else ""
     if result.gap <= 1e-9:
         return f"proven best of {legal}"
     rest = f"; {result.evaluated.unresolved:,} were left open" if result.evaluated.unresolved else ""
