@@ -20,7 +20,7 @@ import pulp
 from moeplan.domain.placement import Floats, LayerPlacement, PlacementProblem
 from moeplan.placers._cbc import solve_programme
 from moeplan.placers._counts import any_counts, options
-from moeplan.placers._highs import hush
+from moeplan.placers._highs import ready
 from moeplan.placers._makespan import NodeProblem, routed, unit_s
 from moeplan.placers._split import best_shares
 
@@ -86,7 +86,7 @@ def written_out(problem: PlacementProblem, *, high: float) -> Model:
 def solved_by_highs(problem: PlacementProblem, model: Model, *, gap: float, time_limit_s: float) -> Answer:
     """What HiGHS finds and proves."""
     solver = pulp.HiGHS(msg=False, threads=1, gapRel=gap, gapAbs=0.0, timeLimit=max(0.1, time_limit_s), random_seed=0)
-    hush()
+    ready()
     model.programme.solve(solver)
     info = model.programme.solverModel.getInfo()
     sizes = problem.slots + problem.num_experts + 2 * problem.num_gpus + 3 if problem.prices else 0

@@ -16,7 +16,7 @@ import highspy
 
 def solver_of(**options: bool | int | float | str) -> Any:
     """A new solver, silent and of one thread, with these options; `Any` since highspy's class has no types."""
-    hush()
+    ready()
     make: Any = highspy.Highs
     solver = make()
     for name, option in ({"output_flag": False, "threads": 1} | options).items():
@@ -24,9 +24,19 @@ def solver_of(**options: bool | int | float | str) -> Any:
     return solver
 
 
+def ready() -> None:
+    """Has HiGHS accept any number of threads, and greet nobody; needed before each solver that PuLP makes.
+
+    One process has one scheduler, and a solver that asks for another number of threads than it was made with fails.
+    """
+    _hush()
+    scheduler: Any = highspy.Highs
+    scheduler.resetGlobalScheduler(True)
+
+
 @cache
-def hush() -> None:
-    """Makes the first solver of the process, its output thrown away; needed once before PuLP makes one."""
+def _hush() -> None:
+    """Makes the first solver of the process, its output thrown away."""
     try:
         sys.stdout.flush()
         kept = os.dup(1)

@@ -16,7 +16,7 @@ import pulp
 from moeplan.domain.program import Floats, Ints
 from moeplan.errors import PlanError, unknown_name
 from moeplan.placers._cbc import cbc_path, solve_programme
-from moeplan.placers._highs import hush
+from moeplan.placers._highs import ready
 from moeplan.planners._sharding import ROUNDING, Sharding, ShardingProblem, answer, eliminate, undominated
 
 _TOLERANCE = 1e-6
@@ -146,6 +146,6 @@ def _run(ilp: pulp.LpProblem, solver: str, time_limit_s: float | None) -> float:
     if solver != "highs":
         raise PlanError(unknown_name("solver", solver, ("highs", "cbc")))
     exact = {"primal_feasibility_tolerance": ROUNDING, "mip_feasibility_tolerance": ROUNDING, "random_seed": 0}
-    hush()
+    ready()
     ilp.solve(pulp.HiGHS(msg=False, gapRel=0, threads=1, timeLimit=time_limit_s, **exact))
     return float(ilp.solverModel.getInfo().mip_dual_bound) - _TOLERANCE

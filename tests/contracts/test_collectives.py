@@ -195,7 +195,7 @@ def is_delivered(tables: list[Table], share: np.ndarray) -> bool:
         held = {key: there - leaving[key] + coming[key] for key, there in held.items()}
     for (member, p), there in held.items():
         problem += there == (share[p] if member == p[1] else 0.0)
-    return pulp.LpStatus[problem.solve(pulp.HiGHS(msg=False))] == "Optimal"
+    return pulp.LpStatus[problem.solve(pulp.HiGHS(msg=False, threads=1))] == "Optimal"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def is_spread(tables: list[Table], parcels: list[Parcel], *, piece: float, membe
         problem += there <= 1
         if member in parcels[p].targets:
             problem += there == 1
-    return pulp.LpStatus[problem.solve(pulp.HiGHS(msg=False))] == "Optimal"
+    return pulp.LpStatus[problem.solve(pulp.HiGHS(msg=False, threads=1))] == "Optimal"
 
 
 def tokens(where: str, seed: int, *, each: int = 2) -> list[Parcel]:

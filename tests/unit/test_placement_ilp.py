@@ -267,3 +267,24 @@ def test_a_solver_is_made_where_standard_output_is_closed() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode in (0, 120), (
         "120: Python cannot flush"
     )
+
+
+def test_highs_solves_for_us_whatever_number_of_threads_somebody_else_asked_for() -> None:
+    """Of one process all solvers share a scheduler, and fail where they ask for other threads than it has."""
+    found = subprocess.run([sys.executable, "-c", OTHER_THREADS], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "True"
+
+
+OTHER_THREADS = """
+import numpy as np, pulp
+from moeplan.domain.placement import PlacementProblem
+from moeplan.placers._direct import solved_by_highs, written_out
+
+theirs = pulp.LpProblem("theirs", pulp.LpMaximize)
+x = theirs.add_variable("x", 0, 10, cat="Integer")
+theirs += x
+theirs.solve(pulp.HiGHS(msg=False, threads=2))
+problem = PlacementProblem(tokens_SE=np.array([3.0, 2.0, 1.0]), num_gpus=2, slots=3)
+answer = solved_by_highs(problem, written_out(problem, high=6.0), gap=0.0, time_limit_s=10)
+print(answer.placement is not None)
+"""
