@@ -258,7 +258,8 @@ class Search:
 
     def anywhere_s(self, branch: Branch) -> Floats:
         """[U, D, E]: a bound of every plan of a branch wherever experts stand, with or without replicas."""
-        return np.minimum(self.once.branch_s(branch), self.more.branch_s(branch))
+        once = self.once.branch_s(branch)
+        return once if self.more is self.once else np.minimum(once, self.more.branch_s(branch))
 
     def plan_s(self, plan: Plan, *, spare: bool = True) -> float:
         """A bound of a plan wherever experts stand; `spare`: there may be replicas."""
@@ -269,13 +270,10 @@ class Search:
         """Which plans of a branch fit, and the least that a pipeline of those takes."""
         sizes = [len(values) for values in branch.lists]
 
-        def every(table: Floats) -> Floats:
-            return np.broadcast_to(table[..., None], (*table.shape, sizes[-1])).ravel()
-
         def pipeline_s(steps: StepBounds) -> Floats:
             return np.repeat(steps.bounds.pipeline_s(branch), prod(sizes[4:]))
 
-        share = every(filled(self.space, branch, evened=self.places))
+        share = _each(filled(self.space, branch, evened=self.places), branch)
         fits = share <= 1
         self.infeasible += int((~fits).sum())
         if not fits.all():
@@ -284,7 +282,7 @@ class Search:
             return
         spare, found = np.zeros(len(share), bool), pipeline_s(self.once)
         if self.places and branch.layout.ep > 1:
-            spare = fits & (every(filled(self.space, branch, spare=True, evened=True)) <= 1)
+            spare = fits & (_each(filled(self.space, branch, spare=True, evened=True), branch) <= 1)
         if spare.any():
             found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
         weighed = _Weighed(branch, fits, spare)
@@ -301,13 +299,8 @@ class Search:
 
     def _branch_s(self, branch: Branch, spare: Flags) -> Floats:
         """Of every plan; those with a slot to `spare` on each place may have replicas."""
-        sizes = [len(values) for values in branch.lists]
-
-        def every(bounds_UDE: Floats) -> Floats:
-            return np.broadcast_to(bounds_UDE[..., None], (*bounds_UDE.shape, sizes[-1])).ravel()
-
-        once = every(self.once.branch_s(branch))
-        return np.where(spare, every(self.anywhere_s(branch)), once) if spare.any() else once
+        once = _each(self.once.branch_s(branch), branch)
+        return np.where(spare, _each(self.anywhere_s(branch), branch), once) if spare.any() else once
 
     def _remember_smallest(self, branch: Branch, share: Floats) -> None:
         """The plan that comes nearest to fitting, for those who ask why."""
@@ -369,6 +362,11 @@ class Search:
             self.best = found
         if self.progress is not None:
             self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
+
+
+def _each(table: Floats, branch: Branch) -> Floats:
+    """A table by all choices but arbitration, for each plan of a branch."""
+    return np.broadcast_to(table[..., None], (*table.shape, len(branch.arbitration))).ravel()
 
 
 def _plan_of(entry: _Entry) -> Plan:
