@@ -25,7 +25,8 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from moeplan.planners._shadow import (
+
+from moeplan.placers._shadow import (
     ShadowCosts,
     ShadowProblem,
     Shadows,
@@ -34,7 +35,6 @@ from moeplan.planners._shadow import (
     first_rise,
     paper_rule,
 )
-
 from moeplan.routers.drifting import route
 
 LEAST_BELOW = 0.20

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeplan import network
+    from moeplan import accuracy, network
     from moeplan.api import Simulation, export, load, plan, simulate
     from moeplan.catalogue import cluster_from, document, scenario_from, show, sources
     from moeplan.domain.plan import Plan
@@ -31,13 +31,17 @@ if TYPE_CHECKING:
         PlanError,
         SimulationError,
     )
-    from moeplan.executing import execute
+    from moeplan.executing import execute, execute_roles
     from moeplan.executor.execute import Execution
+    from moeplan.executor.roles import Role
     from moeplan.explaining import Explanation, explain
     from moeplan.grid import Row, WhatIf, sweep, what_if
     from moeplan.placing import Placing, place
     from moeplan.replaying import PolicyReplay, Replay, replay
     from moeplan.simulator.noise import Noise
+    from moeplan.validating import calibrate, validate
+    from moeplan.validator.calibrate import Calibration
+    from moeplan.validator.validate import Validation
 
 __version__ = "0.1.0"
 
@@ -55,17 +59,22 @@ _HOMES = {
         "PlanError",
         "SimulationError",
     ),
-    "moeplan.executing": ("execute",),
+    "moeplan.executing": ("execute", "execute_roles"),
     "moeplan.executor.execute": ("Execution",),
+    "moeplan.executor.roles": ("Role",),
     "moeplan.explaining": ("Explanation", "explain"),
     "moeplan.grid": ("Row", "WhatIf", "sweep", "what_if"),
     "moeplan.placing": ("Placing", "place"),
     "moeplan.replaying": ("PolicyReplay", "Replay", "replay"),
     "moeplan.simulator.noise": ("Noise",),
+    "moeplan.validating": ("calibrate", "validate"),
+    "moeplan.validator.calibrate": ("Calibration",),
+    "moeplan.validator.validate": ("Validation",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Calibration",
     "CatalogueError",
     "Execution",
     "ExecutionError",
@@ -80,15 +89,20 @@ __all__ = [
     "PlanResult",
     "PolicyReplay",
     "Replay",
+    "Role",
     "Row",
     "Scenario",
     "Simulation",
     "SimulationError",
+    "Validation",
     "WhatIf",
     "__version__",
+    "accuracy",
+    "calibrate",
     "cluster_from",
     "document",
     "execute",
+    "execute_roles",
     "explain",
     "export",
     "load",
@@ -101,14 +115,15 @@ __all__ = [
     "simulate",
     "sources",
     "sweep",
+    "validate",
     "what_if",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """The public object of that name, from the module where it lives."""
-    if name == "network":
-        return import_module("moeplan.network")
+    if name in ("accuracy", "network"):
+        return import_module(f"moeplan.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'moeplan' has no attribute {name!r}")
     found = getattr(import_module(_HOME_OF[name]), name)

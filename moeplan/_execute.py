@@ -6,6 +6,7 @@ What it needs is imported when it runs.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from moeplan.errors import MoeplanError
 
 if TYPE_CHECKING:
     from moeplan.executor.execute import Execution
+    from moeplan.executor.roles import Role
 
 
 def execute(
@@ -25,6 +27,10 @@ def execute(
     steps: Annotated[int, typer.Option(help="Steps of training; the first one warms up.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs where there are enough.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of weights and words.")] = 0,
+    roles: Annotated[
+        bool,
+        typer.Option("--roles", help="Run each distinct rank alone on one device; exchanges take what is predicted."),
+    ] = False,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev: .json or .json.gz.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -32,13 +38,22 @@ def execute(
     from moeplan import api
     from moeplan._waiting import waiting
     from moeplan.executing import execute as run
+    from moeplan.executing import execute_roles
 
     _check_trace(trace)
+    if roles and trace is not None:
+        raise MoeplanError(
+            "execute: --trace has no effect on --roles, which run one rank at a time; leave one of them out"
+        )
     origin = scenario or (None if plan_file is None else str(plan_file))
     if plan_file is not None:
         refuse_choices(settings or [])
     problem = scenario_of(origin, settings, {})
     with waiting(f"executing {problem.name}") as progress:
+        if roles:
+            alone = execute_roles(problem, plan_file, steps=steps, device=device, seed=seed, progress=progress)
+            _print_roles(alone, as_json=as_json)
+            return
         found = run(problem, plan_file, steps=steps, device=device, seed=seed, progress=progress)
         if trace is not None:
             api.export(found.timeline, trace, format="perfetto")
@@ -96,3 +111,25 @@ def _print(found: Execution) -> None:
     )
     sent = [(kind, show(float(size), "B")) for kind, size in figures["sent_bytes"].items()]
     screen.table(("all ranks", "sent"), sent, title="Bytes of a step", right="lr")
+
+
+def _print_roles(roles: list[Role], *, as_json: bool) -> None:
+    from moeplan._screen import Screen, print_json
+    from moeplan.executor.roles import MODELLED
+    from moeplan.units import show
+
+    if as_json:
+        print_json({"schema": "moeplan.roles/v1", "modelled": MODELLED, "roles": [asdict(role) for role in roles]})
+        return
+    screen = Screen()
+    for role in roles:
+        rows = [("step", role.predicted_step_s, role.step_s), *((kind, *both) for kind, both in role.busy_s.items())]
+        lines = [
+            (what, show(said, "s"), show(took, "s"), f"{100 * (said / took - 1):+.1f} %") for what, said, took in rows
+        ]
+        memory = [("memory, most allocated", role.allocated_bytes), ("memory, most reserved", role.reserved_bytes)]
+        lines += [(what, show(role.predicted_bytes, "B"), show(float(size), "B"),
+                   f"{100 * (role.predicted_bytes / size - 1):+.1f} %") for what, size in memory]  # fmt: skip
+        head = ("", "predicted", f"measured on {role.device}", "error")
+        screen.table(head, lines, title=f"Rank {role.rank}: {role.name}", right="lrrr")
+    screen.line(MODELLED)

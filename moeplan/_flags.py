@@ -36,8 +36,13 @@ Gap = Annotated[
     typer.Option(help="Stop when proven within this share of the best (0.01: one per cent). Default: a fixed effort."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a step of which nothing was ever measured.")]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan, or what `plan --json` wrote; without it, planned now.")
+]
+CostModelName = Annotated[
+    str | None,
+    typer.Option("--cost-model", metavar="NAME", help="The devices' sheet: a name of the catalogue, or a file."),
 ]
 
 FIELDS = {
@@ -83,6 +88,21 @@ def scenario_of(
         words = ", ".join(map(_word, missing))
         raise MoeplanError(f"no scenario is named, and {words} not given; name one (see `moeplan list scenarios`)")
     return scenario_from(**flags, changes=changes)
+
+
+def refuse_assumed(tier: str | None, scenario: Scenario) -> None:
+    """Raises MoeplanError where a step's seconds rest on guesses alone."""
+    if tier == "assumed":
+        gpu = scenario.cluster.gpu.name
+        found = f"--strict: nothing of {gpu} was measured, so what its step takes is assumed"
+        raise MoeplanError(f"{found}; give it a sheet with measured figures, or leave --strict out")
+
+
+def with_cost_model(scenario: Scenario, cost_model: str | None) -> Scenario:
+    """The scenario with another sheet for its devices."""
+    from moeplan.validating import with_cost_model as changed
+
+    return changed(scenario, cost_model)
 
 
 def _word(flag: str) -> str:

@@ -51,9 +51,15 @@ def place(
     policy: Annotated[
         str | None, typer.Option(help="A name of `moeplan list adaptations`, or all (the default).")
     ] = None,
-    every: Annotated[int | None, typer.Option(help="Steps from one re-placement to the next.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps from one re-placement to the next. [4]")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Place anew where a step costs this share more than promised, as in 0.1.")
+        float | None, typer.Option(help="Place anew where a step costs this share more than promised. [0.1]")
+    ] = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="Place anew where so many steps like the last pay the moves back. [10]")
+    ] = None,
+    move_cost: Annotated[
+        float | None, typer.Option(help="What a move costs then, in balanced steps; a scenario times it. [0.01]")
     ] = None,
     window: Annotated[int | None, typer.Option(help="Past steps that a re-placement looks at. [1]")] = None,
     batch_tokens: Annotated[
@@ -80,8 +86,8 @@ def place(
     from moeplan.placing import place as run
 
     over_time = {
-        "policy": policy, "every": every, "threshold": threshold, "window": window, "batch_tokens": batch_tokens,
-        "experts": experts,
+        "policy": policy, "every": every, "threshold": threshold, "horizon": horizon, "move_cost": move_cost,
+        "window": window, "batch_tokens": batch_tokens, "experts": experts,
     }  # fmt: skip
     flags = {f"--{name.replace('_', '-')}": value for name, value in over_time.items()}
     check_flags(

@@ -159,11 +159,19 @@ def _runs(stages: Sequence[int]) -> str:
 
 def _speed(figures: Figures | PlanResult) -> list[tuple[str, str]]:
     return [
-        ("step", show(figures.step_s, "s")),
+        ("step", step_in_words(figures)),
         ("throughput", f"{_count(figures.tokens_per_s_per_gpu)} tokens/s on each GPU"),
         ("MFU", f"{100 * figures.mfu:.1f} %"),
         ("peak memory", show(figures.peak_memory_bytes, "B")),
     ]
+
+
+def step_in_words(figures: Figures | PlanResult) -> str:
+    """`10.4 s (9.8 s .. 11.2 s, tier: interpolated)`: with the interval in which such a step really lies."""
+    if figures.step_interval_s is None:
+        return show(figures.step_s, "s")
+    low, high = (show(end, "s") for end in figures.step_interval_s)
+    return f"{show(figures.step_s, 's')} ({low} .. {high}, tier: {figures.tier})"
 
 
 def _count(number: float) -> str:

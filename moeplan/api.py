@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moeplan import catalogue, menu
+from moeplan.accuracy.intervals import belief_of
 from moeplan.compiler.compile_plan import compile_plan
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.causes import breakdown_s
@@ -83,8 +84,10 @@ def plan(
     """
     check_search(planner=planner, time_limit_s=time_limit_s, gap=gap)
     run = menu.load("planners", planner, "plan")
-    found: PlanResult = run(load(scenario), time_limit_s=time_limit_s, gap=gap, progress=progress)
-    return found
+    problem = load(scenario)
+    found: PlanResult = run(problem, time_limit_s=time_limit_s, gap=gap, progress=progress)
+    belief = belief_of(found.step_s, problem, found.plan.precision.compute)
+    return found.model_copy(update={"step_interval_s": (belief.low_s, belief.high_s), "tier": belief.tier})
 
 
 def check_search(*, planner: str, time_limit_s: float | None, gap: float | None) -> None:
@@ -125,8 +128,11 @@ def plan_of(plan: Plan | PlanResult | str | PathLike[str]) -> Plan:
 
 def _figures(timeline: Timeline, plan: Plan, scenario: Scenario) -> Figures:
     memory = footprint(plan, scenario)
+    belief = belief_of(timeline.step_s, scenario, plan.precision.compute)
     return Figures(
         step_s=timeline.step_s,
+        step_interval_s=(belief.low_s, belief.high_s),
+        tier=belief.tier,
         mfu=timeline.mfu(scenario.cluster.gpu.peak_flops_per_s[plan.precision.compute]),
         tokens_per_s_per_gpu=timeline.tokens_per_s_per_gpu,
         peak_memory_bytes=max(stage.total for stage in memory),

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeplan._accuracy import accuracy
+from moeplan._emulate import emulate
 from moeplan._execute import execute
 from moeplan._explain import explain
 from moeplan._flags import (
     Batch,
     Cluster,
+    CostModelName,
     Gap,
     Json,
     Model,
@@ -32,15 +35,19 @@ from moeplan._flags import (
     ScenarioName,
     Sequence,
     Settings,
+    Strict,
     TimeLimit,
     given_flags,
     grid_of,
     noise_of,
+    refuse_assumed,
     refuse_choices,
     scenario_of,
+    with_cost_model,
 )
 from moeplan._network import network_app
 from moeplan._place import place
+from moeplan._validate import calibrate, validate
 from moeplan.errors import MoeplanError
 
 if TYPE_CHECKING:
@@ -118,9 +125,13 @@ def _give_up_stdout() -> None:
 
 
 app.add_typer(network_app(_guarded), name="network")
+app.command()(_guarded()(accuracy))
 app.command()(_guarded()(place))
 app.command()(_guarded()(explain))
 app.command()(_guarded()(execute))
+app.command()(_guarded()(calibrate))
+app.command()(_guarded()(validate))
+app.command()(_guarded()(emulate))
 
 
 @app.command()
@@ -128,6 +139,7 @@ app.command()(_guarded()(execute))
 def plan(
     scenario: ScenarioName = None,
     settings: Settings = None,
+    cost_model: CostModelName = None,
     model: Model = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
@@ -137,14 +149,17 @@ def plan(
     planner: Planner = "ours",
     time_limit: TimeLimit = None,
     gap: Gap = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Find the fastest legal plan of a scenario, with its certificate."""
     from moeplan._screen import print_json, print_result
 
     flags = given_flags(model, cluster, nodes, global_batch, sequence, phase)
-    problem = scenario_of(scenario, settings, flags)
+    problem = with_cost_model(scenario_of(scenario, settings, flags), cost_model)
     result = _planned(problem, planner=planner, time_limit_s=time_limit, gap=gap)
+    if strict:
+        refuse_assumed(result.tier, problem)
     if as_json:
         print_json(result.model_dump(mode="json", by_alias=True))
     else:
@@ -157,6 +172,7 @@ def simulate(
     scenario: ScenarioName = None,
     plan_file: PlanFile = None,
     settings: Settings = None,
+    cost_model: CostModelName = None,
     model: Model = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
@@ -172,14 +188,15 @@ def simulate(
         float | None, typer.Option(help="Times as long as others a straggler takes.  [default: 1.1]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise.  [default: 0]")] = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Run one step of a plan in virtual time: step time, where it goes, memory, traces and pictures."""
     files = _checked({"perfetto": trace, "gantt": plot, "heatmap": heatmap})
     noise = noise_of(jitter=jitter, stragglers=stragglers, slowdown=slowdown, seed=seed)
     flags = given_flags(model, cluster, nodes, global_batch, sequence, phase)
-    problem, chosen = _problem_and_plan(scenario, plan_file, settings, flags)
-    _simulated(problem, chosen, noise, files=files, as_json=as_json)
+    problem, chosen = _problem_and_plan(scenario, plan_file, settings, flags, cost_model)
+    _simulated(problem, chosen, noise, files=files, as_json=as_json, strict=strict)
 
 
 @app.command(name="export")
@@ -308,24 +325,28 @@ def _planned(scenario: Scenario, **options: Any) -> PlanResult:
 
 
 def _problem_and_plan(
-    name: str | None, plan_file: Path | None, settings: list[str] | None, flags: Mapping[str, Any]
+    name: str | None,
+    plan_file: Path | None,
+    settings: list[str] | None,
+    flags: Mapping[str, Any],
+    cost_model: str | None = None,
 ) -> tuple[Scenario, Plan | Path]:
     """The scenario and the plan or its file; a result's file holds both, and without a plan one is sought."""
     from moeplan.catalogue import read_plan
     from moeplan.catalogue.files import read
 
     if plan_file is None:
-        problem = scenario_of(name, settings, flags)
+        problem = with_cost_model(scenario_of(name, settings, flags), cost_model)
         return problem, _planned(problem).plan
     read_plan(plan_file)
     made_here = name is None and {"model", "cluster"} <= flags.keys()
     refuse_choices(settings or [], but="choose.precision" if made_here else None)
     if name is not None or made_here:
-        return scenario_of(name, settings, flags), plan_file
+        return with_cost_model(scenario_of(name, settings, flags), cost_model), plan_file
     document = read(plan_file).data.get("scenario")
     if not isinstance(document, dict):
         raise MoeplanError(f"{plan_file}: holds a plan without its scenario; name the scenario before --plan")
-    return scenario_of(document, settings, flags), plan_file
+    return with_cost_model(scenario_of(document, settings, flags), cost_model), plan_file
 
 
 def _checked(files: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -345,7 +366,13 @@ def _checked(files: Mapping[str, Path | None]) -> dict[str, Path]:
 
 
 def _simulated(
-    problem: Scenario, plan: Plan | Path, noise: Noise | None, *, files: Mapping[str, Path], as_json: bool | None
+    problem: Scenario,
+    plan: Plan | Path,
+    noise: Noise | None,
+    *,
+    files: Mapping[str, Path],
+    as_json: bool | None,
+    strict: bool = False,
 ) -> None:
     """One step, the files that are asked for, and then the figures (`as_json` None: no figures)."""
     from moeplan import api
@@ -354,6 +381,8 @@ def _simulated(
     with waiting(f"simulating {problem.name}") as progress:
         progress("running the step", 0, None)
         found = api.simulate(problem, plan, noise=noise)
+        if strict:
+            refuse_assumed(found.figures.tier, problem)
         for name, path in files.items():
             progress(f"writing {path}", 0, None)
             api.export(found, path, format=name)

@@ -13,7 +13,6 @@ from typing import Any
 from moeplan import api, catalogue
 from moeplan.api import Progress, Source, check_search, load
 from moeplan.catalogue.files import is_path, read
-from moeplan.compiler.compile_plan import compile_plan
 from moeplan.cost.cost_model import CostModel
 from moeplan.cost.critical import COMPUTING, PathPart, by_resource, critical_parts
 from moeplan.domain.causes import breakdown_s
@@ -23,10 +22,9 @@ from moeplan.domain.scenario import Scenario
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import MoeplanError, PlanError
 from moeplan.grid import Row, in_short, sweep
-from moeplan.knobs import Knob, asking_for_another_plan, calibrated, worth_buying
+from moeplan.knobs import Knob, Steps, asking_for_another_plan, calibrated, worth_buying
 from moeplan.partition.footprint import check_memory, footprint
 from moeplan.partition.legal import check_plan, problems
-from moeplan.simulator.simulate import simulate
 from moeplan.units import show
 
 _MOST_RIVALS = 3
@@ -189,8 +187,9 @@ def explain(
     search: dict[str, Any] = {"planner": planner, "time_limit_s": time_limit_s, "gap": gap, "progress": progress}
     result = known or api.plan(scenario, **search)
     chosen = given or result.plan
-    timeline = _timeline(chosen, scenario)
-    field = _Field.of(scenario, chosen, timeline, result)
+    steps = Steps(scenario)
+    timeline = steps.timeline(chosen)
+    field = _Field.of(steps, chosen, timeline, result)
     replanned = (lambda knob: _replanned(scenario, knob, search)) if replan else None
     is_same = dict(result.scenario) == dict(scenario.document)
     return Explanation(
@@ -200,7 +199,7 @@ def explain(
         lower_bound_s=result.lower_bound_s if is_same else None,
         causes_s=breakdown_s(timeline),
         path=critical_parts(timeline, CostModel(gpu=scenario.cluster.gpu)),
-        helps=_helps(scenario, chosen, timeline.step_s, replanned, progress),
+        helps=_helps(steps, chosen, timeline.step_s, replanned, progress),
         memory=field.memory(result if is_same else None),
         runner_up=min(field.rivals, key=lambda rival: rival.step_s, default=None),
         twins=field.twins,
@@ -241,32 +240,28 @@ def _check(plan: Plan, scenario: Scenario, where: str) -> None:
         raise PlanError(f"{where}plan: {problem}")
 
 
-def _timeline(plan: Plan, scenario: Scenario) -> Timeline:
-    return simulate(compile_plan(plan, scenario), CostModel(gpu=scenario.cluster.gpu))
-
-
 # ---- what would help
 
 
 def _helps(
-    scenario: Scenario,
+    steps: Steps,
     plan: Plan,
     step_s: float,
     replanned: Callable[[Knob], Row] | None,
     progress: Progress | None,
 ) -> tuple[Sensitivity, ...]:
-    knobs, found = worth_buying(scenario), []
+    knobs, found = worth_buying(steps.scenario), []
     for number, knob in enumerate(knobs):
         if progress is not None:
             progress(f"{knob.name} {knob.change}", number, len(knobs))
-        changed_s = _timeline(plan, load(scenario, knob.changes)).step_s
+        changed_s = steps.changed_s(plan, load(steps.scenario, knob.changes).cluster)
         again = None if replanned is None else replanned(knob)
         change = changed_s / step_s - 1
         found.append(Sensitivity(knob=knob, step_s=changed_s, step_change=change, replanned=again))
     found.sort(key=lambda each: each.step_change or 0.0)
     if replanned is None:
         return tuple(found)
-    others = asking_for_another_plan(scenario)
+    others = asking_for_another_plan(steps.scenario)
     return *found, *(Sensitivity(knob=k, step_s=None, step_change=None, replanned=replanned(k)) for k in others)
 
 
@@ -283,15 +278,16 @@ def _replanned(scenario: Scenario, knob: Knob, search: Mapping[str, Any]) -> Row
 class _Field:
     """The plan and those that it was chosen from."""
 
-    scenario: Scenario
+    steps: Steps
     ours: Rival
     rivals: tuple[Rival, ...]
     too_big: Rival | None
     twins: int
 
     @classmethod
-    def of(cls, scenario: Scenario, plan: Plan, timeline: Timeline, result: PlanResult) -> _Field:
+    def of(cls, steps: Steps, plan: Plan, timeline: Timeline, result: PlanResult) -> _Field:
         """The first rivals of a result, each unlike the plan and the others, and the first that does not fit."""
+        scenario = steps.scenario
         ours = _rival(plan, plan, timeline)
         found, too_big, twins = list[Rival](), None, 0
         for other in dict.fromkeys([result.plan, *(each.plan for each in result.runners_up)]):
@@ -300,38 +296,38 @@ class _Field:
             fits = check_memory(other, scenario) is None
             if len(found) >= _MOST_RIVALS if fits else too_big is not None:
                 continue
-            rival = _rival(other, plan, _timeline(other, scenario))
+            rival = _rival(other, plan, steps.timeline(other))
             if not fits:
                 too_big = rival
             elif _alike(rival, ours):
                 twins += 1
             elif not any(_alike(rival, each) for each in found):
                 found.append(rival)
-        return cls(scenario=scenario, ours=ours, rivals=tuple(found), too_big=too_big, twins=twins)
+        return cls(steps=steps, ours=ours, rivals=tuple(found), too_big=too_big, twins=twins)
 
     def memory(self, result: PlanResult | None) -> MemoryLimit:
         """Whether memory binds. `result`: of this scenario, and so what its counts say holds."""
-        fullest = max(footprint(self.ours.plan, self.scenario), key=lambda stage: stage.total)
+        fullest = max(footprint(self.ours.plan, self.steps.scenario), key=lambda stage: stage.total)
         is_faster = self.too_big is not None and self.too_big.step_s < self.ours.step_s * (1 - _ROUNDING)
         counts = result.evaluated if result is not None and result.plan == self.ours.plan else None
         all_fit = counts is not None and counts.infeasible_by_memory == counts.unresolved == 0
         binds = True if is_faster else False if all_fit else None
-        needs = None if self.too_big is None else _peak_bytes(self.too_big.plan, self.scenario)
+        needs = None if self.too_big is None else _peak_bytes(self.too_big.plan, self.steps.scenario)
         return MemoryLimit(fullest=fullest, too_big=self.too_big, too_big_bytes=needs, binds=binds)
 
     def shifts(self, progress: Progress | None) -> Iterator[Shift]:
         """The plan against its rivals under each change of a calibrated constant."""
-        knobs = calibrated(self.scenario)
+        knobs = calibrated(self.steps.scenario)
         for number, knob in enumerate(knobs):
             if progress is not None:
                 progress(f"{knob.name} {knob.change}", number, len(knobs))
             yield self._shift(knob)
 
     def _shift(self, knob: Knob) -> Shift:
-        changed = load(self.scenario, knob.changes)
+        changed = load(self.steps.scenario, knob.changes)
         others = [rival.plan for rival in chain(self.rivals, [self.too_big] if self.too_big else [])]
         steps = {
-            plan: _timeline(plan, changed).step_s
+            plan: self.steps.changed_s(plan, changed.cluster)
             for plan in (self.ours.plan, *others)
             if check_memory(plan, changed) is None
         }

@@ -1,4 +1,7 @@
-"""What of a scenario can be a little more or less: what may be bought, and what calibration may have got wrong."""
+"""What of a scenario can be a little more or less: what may be bought, and what calibration may have got wrong.
+
+And how long plans then take.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeplan.compiler.compile_plan import Compilation
+from moeplan.cost.cost_model import Cost, CostModel, Shares
+from moeplan.domain.cluster import Cluster
+from moeplan.domain.plan import Plan
+from moeplan.domain.program import Program
 from moeplan.domain.scenario import Scenario
+from moeplan.domain.timeline import Timeline
+from moeplan.simulator.simulate import simulate
 from moeplan.units import scaled
 
 STEP = 0.1
-_CALIBRATED = ("latency", "message_overhead", "message_gap", "kernel_launch", "usable_memory")
+_STARTS = ("kernel_start", "scaled_start", "tile_start", "attention_block", "exchange_start")
+_CALIBRATED = ("latency", "message_overhead", "message_gap", "kernel_launch", "usable_memory", *_STARTS)
 _SHARES = ("efficiency", "share_beside_exchange", "share_beside_compute")
 
 
@@ -22,6 +33,36 @@ class Knob:
     change: str
     """In words: `+10 %`, or `to 100 %` where a share can be no more."""
     changes: Mapping[str, object]
+
+
+class Steps:
+    """Steps of legal plans in a scenario, and where figures of its cluster are others: what is alike is done once."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self._compiled: dict[Plan, Compilation] = {}
+        self._step_s: dict[tuple[Program, Shares, tuple[Cost, ...]], float] = {}
+
+    def timeline(self, plan: Plan) -> Timeline:
+        """Of the scenario as it is."""
+        self._compiled[plan] = Compilation(plan=plan, scenario=self.scenario)
+        program, cost_model = self._compiled[plan].program, CostModel(gpu=self.scenario.cluster.gpu)
+        timeline = simulate(program, cost_model)
+        self._step_s[_told_apart(program, cost_model)] = timeline.step_s
+        return timeline
+
+    def changed_s(self, plan: Plan, cluster: Cluster) -> float:
+        """Seconds of a plan whose timeline was asked for, on the cluster with other figures."""
+        program, cost_model = self._compiled[plan].on(cluster).program, CostModel(gpu=cluster.gpu)
+        key = _told_apart(program, cost_model)
+        if key not in self._step_s:
+            self._step_s[key] = simulate(program, cost_model).step_s
+        return self._step_s[key]
+
+
+def _told_apart(program: Program, cost_model: CostModel) -> tuple[Program, Shares, tuple[Cost, ...]]:
+    """All that a simulation asks for."""
+    return program, cost_model.shares, tuple(cost_model.cost(work) for work in program.works)
 
 
 def worth_buying(scenario: Scenario) -> tuple[Knob, ...]:

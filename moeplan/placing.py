@@ -185,7 +185,7 @@ def _tokens(
         found = read_load(fspath(load), array=array)
         tokens_LSE, numbers = found.tokens_TLSE.sum(axis=0), found.layers
     else:
-        counts = steps_of(np.asarray(load, np.float64)).sum(axis=0)
+        counts = steps_of(load).sum(axis=0)
         tokens_LSE, numbers = counts, tuple(range(len(counts)))
     if objective not in get_args(Objective):
         raise PlanError(unknown_name("objective", objective, get_args(Objective)))
@@ -199,7 +199,7 @@ def _tokens(
 def _ids(load: LoadSource | None, array: str | None) -> Ids:
     if load is None:
         raise PlanError("objective visits: needs which experts each token chose; give expert ids as the load")
-    ids_NLK = read_ids(fspath(load), array=array) if isinstance(load, str | PathLike) else np.asarray(load)
+    ids_NLK = read_ids(fspath(load), array=array) if isinstance(load, str | PathLike) else _table(load)
     if ids_NLK.ndim != 3 or ids_NLK.dtype.kind not in "iu" or 0 in ids_NLK.shape or ids_NLK.min() < 0:
         raise PlanError(f"load: shape {ids_NLK.shape} is not expert ids [token, layer, pick], 0 or more; give those")
     return ids_NLK.astype(np.int32)
@@ -228,8 +228,16 @@ def _visits(
     return [TokenVisits(sets=TokenSets.of(ids_NLK[:, at]), gpus_per_node=size) for at in range(num_layers)]
 
 
-def steps_of(counts: Floats) -> Floats:
+def _table(given: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(given, dtype)
+    except (TypeError, ValueError):
+        raise PlanError("load: is no table of numbers; give rows of one length, and numbers in them") from None
+
+
+def steps_of(given: npt.ArrayLike) -> Floats:
     """[T, L, S, E] of counts by layer and expert, with step and source before where there are several."""
+    counts = _table(given, np.float64)
     if counts.ndim not in (2, 3, 4) or 0 in counts.shape:
         allowed = "[layer, expert], [step, layer, expert] or [step, layer, source, expert]"
         raise PlanError(f"load: shape {counts.shape} is not {allowed}; reshape it")

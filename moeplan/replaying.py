@@ -196,7 +196,7 @@ def _trace(
     if not isinstance(trace, str | PathLike):
         if array is not None or batch_tokens is not None:
             raise PlanError("array and batch_tokens have no effect without a file; give counts by step")
-        tokens_TLSE = steps_of(np.asarray(trace, np.float64))
+        tokens_TLSE = steps_of(trace)
         numbers = tuple(range(tokens_TLSE.shape[1]))
     else:
         if batch_tokens is None:

@@ -17,7 +17,13 @@ import moeplan as mp
 
 HEAVY = ("highspy", "matplotlib", "networkx", "numpy", "pulp", "pydantic", "ruamel", "simpy", "torch")
 SIGNATURES = {
+    "calibrate": "(out, scenario='tiny-moe-2-ranks', *, quick=False, device='auto', progress=None)",
+    "validate": (
+        "(scenario, plan=None, *, cost_model=None, candidates=1, launches=3, steps=12, device='auto', seed=0, "
+        "tolerance=None, progress=None)"
+    ),
     "execute": "(scenario, plan=None, *, steps=3, device='auto', seed=0, progress=None)",
+    "execute_roles": "(scenario, plan=None, *, steps=3, device='auto', seed=0, progress=None)",
     "document": "(source, changes={})",
     "explain": "(source, plan=None, *, replan=False, planner='ours', time_limit_s=None, gap=None, progress=None)",
     "export": "(result, path, *, format=None, **options)",
@@ -43,8 +49,12 @@ REPLAYED = (
     "policy", "options", "ratio_TL", "value_TL", "is_replaced_TL", "moves_TL", "migration_s_TL", "oracle",
 )  # fmt: skip
 FIELDS = {
+    "Calibration": (
+        "base", "measured", "compute_share", "residuals", "environment", "date", "dropped", "repetitions",
+    ),
     "Execution": (
         "scenario", "plan", "device", "timeline", "processor_s_T", "losses", "step_s_S", "sent_bytes", "gradients",
+        "repetitions",
     ),
     "Explanation": (
         "scenario", "plan", "step_s", "lower_bound_s", "causes_s", "path", "helps", "memory", "runner_up", "twins",
@@ -54,14 +64,23 @@ FIELDS = {
     "Placing": ("placer", "objective", "num_gpus", "slots", "split", "numbers", "problems", "layers", "num_layers"),
     "PolicyReplay": REPLAYED,
     "Replay": ("placer", "num_gpus", "slots", "split", "num_steps", "numbers", "unit", "policies"),
+    "Role": (
+        "rank", "name", "device", "step_s", "predicted_step_s", "busy_s", "allocated_bytes", "reserved_bytes",
+        "predicted_bytes",
+    ),
     "Row": ("changes", "plan", "result", "error", "step_change"),
     "Scenario": ("name", "cluster", "model", "workload", "routing", "choices", "document"),
     "Simulation": ("scenario", "plan", "timeline", "figures", "noise"),
+    "Validation": (
+        "scenario", "plan", "device", "step", "speed", "tasks", "phases", "memory", "bias", "task_error", "launches",
+        "repetitions", "dropped_repetitions", "tolerance", "predicted", "measured",
+    ),
     "WhatIf": ("base", "rows"),
 }  # fmt: skip
 RESULT = (
-    "schema_version", "moeplan_version", "planner", "scenario", "plan", "step_s", "mfu", "tokens_per_s_per_gpu",
-    "peak_memory_bytes", "lower_bound_s", "gap", "breakdown_s", "memory", "evaluated", "runners_up",
+    "schema_version", "moeplan_version", "planner", "scenario", "plan", "step_s", "step_interval_s", "tier", "mfu",
+    "tokens_per_s_per_gpu", "peak_memory_bytes", "lower_bound_s", "gap", "breakdown_s", "memory",
+    "evaluated", "runners_up",
 )  # fmt: skip
 ERRORS = ("CatalogueError", "ExecutionError", "InfeasibleError", "MoeplanError", "PlanError", "SimulationError")
 
@@ -86,7 +105,7 @@ def _plain(default: object) -> object:
 
 
 def test_the_public_names_are_these() -> None:
-    nouns = {*FIELDS, *ERRORS, "Plan", "PlanResult", "Figures", "__version__", "network"}
+    nouns = {*FIELDS, *ERRORS, "Plan", "PlanResult", "Figures", "__version__", "accuracy", "network"}
     assert set(mp.__all__) == {*SIGNATURES, *nouns}
     assert mp.__all__ == sorted(mp.__all__)
     assert all(getattr(mp, name) is not None and name in dir(mp) for name in mp.__all__)

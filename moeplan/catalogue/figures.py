@@ -6,6 +6,7 @@ They are read from the specs of the domain, whose field names say the unit: `ban
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from moeplan import units
 from moeplan.catalogue.sheet import FieldPath, Sheet, at, fail, shown
 from moeplan.catalogue.translate import validated
 from moeplan.domain.cluster import ClusterSpec, FabricSpec, FaultSpec, Gpu, LinkSpec, NicSpec, SpeedSpec
+from moeplan.domain.measured import Measured, Terms
 from moeplan.errors import unknown_name
 
 _SUFFIXES = {"_bytes_per_s": "B/s", "_flops_per_s": "FLOP/s", "_bytes": "B", "_s": "s", "_w": "W"}
@@ -31,7 +33,8 @@ _RANGES = {
 }
 _FASTEST_MEMORY = 1e14
 _SHARES = ("efficiency", "share_beside_exchange", "share_beside_compute")
-_TEXTS = {"kind", "link", "global_link", "name", "nic", "node", "rail", "routing", "seed", "switch"}
+_NESTED = ("products", "tasks", "exchanges")
+_TEXTS = {"device", "kind", "link", "global_link", "name", "nic", "node", "rail", "routing", "seed", "switch"}
 """Keys that hold a name or a setting, which needs no source."""
 
 
@@ -73,6 +76,7 @@ def _gpu_quantities(data: Mapping[str, Any]) -> dict[str, Quantity]:
     del found["peak"]
     peaks = ("peak_fp32", "peak_tf32", "peak_bf16", "peak_fp16", "peak_fp8", "peak_fp4")
     found |= {peak: Quantity(peak, "FLOP/s", is_required=False) for peak in peaks}
+    found["measured"] = Quantity("measured", "section", is_required=False)
     return found | {"usable_memory": Quantity("usable_memory", "share", is_required=True)}
 
 
@@ -127,11 +131,48 @@ def gpu(sheet: Sheet, path: FieldPath) -> Gpu:
     found = _gpu_quantities(data)
     _known(sheet, path, found)
     _needed(sheet, path, [key for key, each in found.items() if each.is_required and key != "name"])
-    values = {found[key].field: si(sheet, (*path, key), found[key].dimension) for key in data if key != "name"}
+    plain = [key for key in data if key not in ("name", "measured")]
+    values = {found[key].field: si(sheet, (*path, key), found[key].dimension) for key in plain}
+    if "measured" in data:
+        values["measured"] = _measured_section(sheet, (*path, "measured"))
     peaks = {key.removeprefix("peak_"): values.pop(key) for key in list(values) if key.startswith("peak_")}
     usable_bytes = values.pop("usable_memory") * values["memory_bytes"]
     whole = values | {"name": data.get("name", "gpu"), "peak_flops_per_s": peaks, "usable_memory_bytes": usable_bytes}
     return validated(Gpu, whole, sheet.spots, path)
+
+
+def _measured_section(sheet: Sheet, path: FieldPath) -> Measured:
+    """What was measured of a device: terms by number format and class, tables by exchange."""
+    data, found = _mapping(sheet, path), quantities(Measured)
+    _known(sheet, path, found)
+    _needed(sheet, path, [key for key, each in found.items() if each.is_required])
+    values = {found[key].field: si(sheet, (*path, key), found[key].dimension) for key in data if key not in _NESTED}
+    for key in {"products", "tasks"} & data.keys():
+        values[key] = {
+            dtype: {name: _terms(sheet, (*path, key, dtype, name)) for name in _mapping(sheet, (*path, key, dtype))}
+            for dtype in _mapping(sheet, (*path, key))
+        }
+    if "exchanges" in data:
+        names = _mapping(sheet, (*path, "exchanges"))
+        values["exchanges"] = {name: _table(sheet, (*path, "exchanges", name)) for name in names}
+    return validated(Measured, values, sheet.spots, path)
+
+
+def _terms(sheet: Sheet, path: FieldPath) -> Terms:
+    return validated(Terms, section(sheet, path, Terms), sheet.spots, path)
+
+
+def _table(sheet: Sheet, path: FieldPath) -> tuple[tuple[float, float], ...]:
+    """Seconds by sizes, which are the keys."""
+    if not re.fullmatch(r"[a-z_]+ of [1-9][0-9]{0,4}", str(path[-1])):
+        fail(sheet.spots, path, "is no exchange of a group; write it as in 'all_to_all of 2'")
+    rows = []
+    for key in _mapping(sheet, path):
+        try:
+            rows.append((units.parse(key, "B"), si(sheet, (*path, key), "s")))
+        except ValueError as error:
+            fail(sheet.spots, (*path, key), f"{error}; the key is a size, as in '64 KiB'")
+    return tuple(sorted(rows))
 
 
 def section(sheet: Sheet, path: FieldPath, spec: type) -> dict[str, Any]:

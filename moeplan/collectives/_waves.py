@@ -57,5 +57,9 @@ def added_up(from_NGX: Ints, to_NGX: Ints, moved_NGX: Floats) -> Floats:
 
 
 def mirrored(waves: list[Wave]) -> list[Wave]:
-    """The way back: the last wave first, and every transfer the other way."""
-    return [replace(each, source_F=each.target_F, target_F=each.source_F) for each in reversed(waves)]
+    """The way back: the last wave first, and every transfer the other way. What was followed then follows."""
+    after = [False, *(each.follows for each in reversed(waves))]
+    return [
+        replace(each, source_F=each.target_F, target_F=each.source_F, follows=follows)
+        for each, follows in zip(reversed(waves), after, strict=False)
+    ]

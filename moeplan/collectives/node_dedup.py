@@ -2,9 +2,9 @@
 
 Dispatch: to the member with the sender's index in every other node what has a choice there, once, while what stays in
 the node goes straight; then that member passes on a copy for each choice. Combine is the same backwards: a node adds
-up what belongs to one token, and one sum goes home. What the sums take is left out. References: DeepSeek-AI,
-"DeepSeek-V3 technical report" (arXiv 2412.19437, 2024), section 3.2.2; DeepEP, whose kernels forward piece by piece,
-here whole.
+up what belongs to one token, and one sum goes home. Pieces are passed on as they come, so that both kinds of wires are
+busy at once. What the sums take is left out. References: DeepSeek-AI, "DeepSeek-V3 technical report" (arXiv 2412.19437,
+2024), section 3.2.2; DeepEP, whose kernels forward piece by piece.
 """
 
 from __future__ import annotations
@@ -40,4 +40,4 @@ def _dispatch(exchange: Exchange, cluster: Cluster, share_GG: Floats) -> list[Wa
     first_NGG = once_for_each_node(exchange, where, share_GG) + np.where(is_near_NGG, share_GG, 0.0)
     member_NGG = np.arange(len(share_GG))[None, None, :]
     onward_NGG = added_up(relay_NGG, member_NGG, np.where(is_near_NGG, 0.0, share_GG))
-    return [wave(groups_NG, first_NGG), wave(groups_NG, onward_NGG)]
+    return [wave(groups_NG, first_NGG), wave(groups_NG, onward_NGG, follows=True)]

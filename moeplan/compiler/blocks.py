@@ -102,7 +102,7 @@ class Writer:
         cuts = range(parts.plan.overlap_degree)
         sent = [self._send_out(block, experts, "dispatch", waits, moe=moe) for _ in cuts]
         beside = self._shared(block, experts, Pass.FORWARD, waits)
-        back = [self._experts(block, experts, Pass.FORWARD, sent[cut], moe=moe, part=cut) for cut in cuts]
+        back = self._experts(block, experts, Pass.FORWARD, sent, moe=moe)
         returned = [self._send_out(block, experts, "combine", back[cut], moe=moe) for cut in cuts]
         return block.add(Stream.COMPUTE, parts.merge(experts, Pass.FORWARD), [*chain.from_iterable(returned), *beside])
 
@@ -114,13 +114,28 @@ class Writer:
         return [] if unit is None else self._between(block, unit, waits)
 
     def _experts(
-        self, block: Block, experts: Experts, passes: Pass, waits: list[int], *, moe: int, part: int
+        self, block: Block, experts: Experts, passes: Pass, sent: list[list[int]], *, moe: int
+    ) -> list[list[int]]:
+        """Each part: gather over the expert's tensor ranks, compute, scatter the sums; the same in both directions.
+
+        The next part is gathered while this one is computed: its gather stands before this one's scatter.
+        """
+        gathered = self._expert_tensor(block, experts, "all_gather", sent[0], moe=moe, part=0)
+        back = []
+        for part in range(len(sent)):
+            ready, following = gathered, part + 1
+            if following < len(sent):
+                gathered = self._expert_tensor(block, experts, "all_gather", sent[following], moe=moe, part=following)
+            unit = self.parts.experts(experts, passes, moe=moe, place=self.place, part=part)
+            computed = block.add(Stream.COMPUTE, unit, ready)
+            back.append(self._expert_tensor(block, experts, "reduce_scatter", computed, moe=moe, part=part))
+        return back
+
+    def _expert_tensor(
+        self, block: Block, experts: Experts, operation: str, waits: list[int], *, moe: int, part: int
     ) -> list[int]:
-        """Gather over the expert's tensor ranks, compute, scatter the sums; the same in both directions."""
-        parts, where = self.parts, {"moe": moe, "place": self.place, "part": part}
-        waits = block.add(Stream.TENSOR, parts.expert_tensor(self.stage, experts, "all_gather", **where), waits)
-        waits = block.add(Stream.COMPUTE, parts.experts(experts, passes, **where), waits)
-        return block.add(Stream.TENSOR, parts.expert_tensor(self.stage, experts, "reduce_scatter", **where), waits)
+        unit = self.parts.expert_tensor(self.stage, experts, operation, moe=moe, place=self.place, part=part)
+        return block.add(Stream.TENSOR, unit, waits)
 
     def _tensor(self, block: Block, operation: str, waits: list[int]) -> list[int]:
         if self.parts.plan.tp == 1:
@@ -164,7 +179,7 @@ class Writer:
         cuts = range(parts.plan.overlap_degree)
         sent = [self._send_out(block, experts, "dispatch", waits, moe=moe) for _ in cuts]
         beside = self._shared(block, experts, block.passes, waits)
-        back = [self._experts(block, experts, block.passes, sent[cut], moe=moe, part=cut) for cut in cuts]
+        back = self._experts(block, experts, block.passes, sent, moe=moe)
         returned = [self._send_out(block, experts, "combine", back[cut], moe=moe) for cut in cuts]
         waits = [*chain.from_iterable(returned), *beside]
         if self._routed(layer):

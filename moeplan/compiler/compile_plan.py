@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,8 +14,9 @@ from moeplan.compiler.layout import Layout, Listing
 from moeplan.compiler.parts import Parts
 from moeplan.compiler.passes import PartBlocks
 from moeplan.compiler.step import closing, opening
+from moeplan.domain.cluster import Cluster
 from moeplan.domain.plan import Plan
-from moeplan.domain.program import Ints, Lane, Program, Rendezvous
+from moeplan.domain.program import Ints, Lane, Program, Rendezvous, Tasks
 from moeplan.domain.scenario import Scenario
 from moeplan.network.expand import Pattern, expand, pattern_key
 from moeplan.partition.legal import check_plan
@@ -31,14 +32,34 @@ def compile_plan(plan: Plan, scenario: Scenario, *, folded: bool = True) -> Prog
     Raises PlanError if the plan is not legal in the scenario. Memory is not looked at here.
     """
     check_plan(plan, scenario)
-    return _Compilation(plan=plan, scenario=scenario, folded=folded).program
+    return Compilation(plan=plan, scenario=scenario, folded=folded).program
 
 
-@dataclass
-class _Compilation:
+@dataclass(eq=False)
+class Compilation:
+    """A legal plan's program, with what was made on the way to it."""
+
     plan: Plan
     scenario: Scenario
-    folded: bool
+    folded: bool = True
+
+    def on(self, cluster: Cluster) -> Compilation:
+        """The plan's program where figures of the cluster are others, and its shape is the same.
+
+        Only what hangs on them is made anew: nothing, if they are of the GPU alone, and it copies as fast and begins
+        exchanges as soon.
+        """
+        here = self.scenario.cluster
+        moves = [(gpu.copy_bytes_per_s, gpu.exchange_start_s) for gpu in (here.gpu, cluster.gpu)]
+        if here.spec.model_copy(update={"gpu": cluster.gpu}) == cluster.spec and moves[0] == moves[1]:
+            return self
+        other = Compilation(plan=self.plan, scenario=replace(self.scenario, cluster=cluster), folded=self.folded)
+        for name in _WITHOUT_WIRES:
+            other.__dict__[name] = getattr(self, name)
+        pairs = ((other.folding.lane_R, self.folding.lane_R), (other.meetings[1], self.meetings[1]))
+        if all(np.array_equal(*pair) for pair in pairs):
+            other.__dict__["tasks"] = self.tasks
+        return other
 
     @cached_property
     def load(self) -> Load | None:
@@ -136,19 +157,24 @@ class _Compilation:
         return tuple(lane for lane in lanes if self.lanes[lane].stage == stage)
 
     @cached_property
-    def program(self) -> Program:
+    def tasks(self) -> tuple[Tasks, Ints, Ints]:
+        """All tasks, and the (before, after) of every dependency."""
         stage, place = self.part_R
         layout = Layout(plan=self.plan, pipeline=self.pipeline, lane_R=self.folding.lane_R)
         for number, lane in enumerate(self.lanes):
             first = int(lane.ranks_R[0])
             layout.add(number, lane, self.listings[int(stage[first]), int(place[first])])
-        meetings, table = self.meetings
-        tasks, before, after = layout.tasks(table)
+        return layout.tasks(self.meetings[1])
+
+    @cached_property
+    def program(self) -> Program:
+        """The program of one step."""
+        tasks, before, after = self.tasks
         return Program(
             lanes=self.lanes,
             works=tuple(self.parts.works),
             exchanges=tuple(self.parts.exchanges),
-            meetings=meetings,
+            meetings=self.meetings[0],
             flows=self.folding.flows,
             tasks=tasks,
             before_D=before,
@@ -160,6 +186,9 @@ class _Compilation:
             num_gpus=self.plan.world_size,
         )
 
+
+_WITHOUT_WIRES = ("load", "pipeline", "parts", "num_places", "orders", "part_blocks", "listings", "part_R")
+"""What of a compilation asks nothing of the cluster but its shape."""
 
 MICRO_OP_BYTES = 30e6
 """Of gradient traffic under `a2a_first`: the best size of Li et al., "Lina" (USENIX ATC 2023), section 6."""

@@ -208,7 +208,12 @@ def _meetings(
             chosen = (who == set_number) & (phase_B == phase)
             classes = tuple(np.unique(klass[chosen]).tolist())
             latency_s, copy = float(delay_B[chosen].max(initial=0.0)), float(pattern.copy_s_per_byte_P[phase])
-            phases.append(Phase(latency_s=latency_s, classes=classes, copy_s_per_byte=copy))
+            host, host_share = (pattern.host, pattern.host_share) if pattern.host and phase == 0 else ((), 0.0)
+            phases.append(
+                Phase(
+                    latency_s=latency_s, classes=classes, copy_s_per_byte=copy, host=host, host_share=host_share
+                )
+            )  # fmt: skip
         lanes = tuple(np.unique(lane_R[pattern.groups_NG[group]]).tolist())
         found.append(Meeting(lanes=lanes, phases=tuple(phases)))
     return tuple(found)

@@ -80,6 +80,8 @@ class Choices:
     top_k: tuple[int, ...]
     chosen_SE: tuple[Ints, ...]
     """By layer, before any capacity rule."""
+    slot_SX: tuple[Ints, ...]
+    """By layer, choice x tokens + token of the X-th choice of each source, in the order of experts."""
     layers: tuple[Rows, ...]
 
     def local_T(self, moe: int, microbatch: int, position: int, token_N: Ints) -> Ints:
@@ -95,8 +97,7 @@ class Choices:
         source, owner = (int(coordinate(self.plan, axis)[position]) for axis in ("ep", "etp"))
         chosen_E = self.chosen_SE[moe][source]
         expert_X = np.repeat(np.arange(len(chosen_E)), chosen_E)
-        token_X = np.arange(len(expert_X)) % (self.rank_tokens * self.plan.etp)
-        choice_X = np.arange(len(expert_X)) // (self.rank_tokens * self.plan.etp)
+        choice_X, token_X = np.divmod(self.slot_SX[moe][source], self.rank_tokens * self.plan.etp)
         mine = token_X % self.plan.etp == owner
         local = self.local_T(moe, microbatch, position, token_X[mine])
         experts_TK = np.full((self.rank_tokens, self.top_k[moe]), NOBODY)
@@ -121,10 +122,47 @@ def choices_of(plan: Plan, scenario: Scenario) -> Choices | None:
         rounded_SE(exact_SE, tokens * each, tokens)
         for exact_SE, each in zip(load.tokens_SE_by_layer, top_k, strict=True)
     )
-    makers = [_Maker(plan, chosen_SE, moe, top_k[moe], tokens) for moe, chosen_SE in enumerate(chosen)]
-    return Choices(
-        plan=plan, rank_tokens=rank_tokens, top_k=top_k, chosen_SE=chosen, layers=tuple(each.rows for each in makers)
+    slots = tuple(
+        np.stack(
+            [mixed_X(chosen_E, tokens, seed=(moe, source), owners=plan.etp) for source, chosen_E in enumerate(each)]
+        )
+        for moe, each in enumerate(chosen)
     )
+    makers = [_Maker(plan, chosen_SE, slots[moe], moe, top_k[moe], tokens) for moe, chosen_SE in enumerate(chosen)]
+    return Choices(
+        plan=plan, rank_tokens=rank_tokens, top_k=top_k, chosen_SE=chosen, slot_SX=slots,
+        layers=tuple(each.rows for each in makers),
+    )  # fmt: skip
+
+
+_SWAPS = 8
+"""How often a choice is exchanged for another, on average, of which some meet a hindrance."""
+
+
+def mixed_X(chosen_E: Ints, tokens: int, *, seed: tuple[int, int], owners: int) -> Ints:
+    """Choice x tokens + token of each choice, choices in the order of experts, which go together by chance.
+
+    Two tokens of one owner exchange a choice unless one of them would then have an expert twice: a walk whose law in
+    the end is uniform among all ways to choose each expert as often. For large numbers that is the law with the most
+    entropy, by which `partition/reach.py` says how many tokens have a choice in a node.
+    Reference: Rao, Jana, Bandyopadhyay, "A Markov chain Monte Carlo method for generating random (0, 1)-matrices with
+    given marginals", Sankhya A 58, 1996.
+    """
+    rng, top_k = np.random.default_rng(seed), int(chosen_E.sum()) // tokens
+    expert_KT = np.repeat(np.arange(len(chosen_E)), chosen_E).reshape(top_k, tokens)
+    place_KT = np.arange(top_k * tokens).reshape(top_k, tokens)
+    for _ in range(_SWAPS * top_k * owners if top_k < len(chosen_E) else 0):
+        order = rng.permutation(tokens // owners) * owners + rng.integers(owners)
+        one, other = order[: len(order) // 2], order[len(order) // 2 :][: len(order) // 2]
+        k, m = rng.integers(top_k, size=(2, len(one)))
+        a, b = expert_KT[k, one], expert_KT[m, other]
+        fits = ~((expert_KT[:, one] == b) | (expert_KT[:, other] == a)).any(axis=0)
+        k, m, one, other = k[fits], m[fits], one[fits], other[fits]
+        for table_KT in (expert_KT, place_KT):
+            table_KT[k, one], table_KT[m, other] = table_KT[m, other], table_KT[k, one]
+    slot_X = np.empty(top_k * tokens, np.int64)
+    slot_X[place_KT.ravel()] = np.arange(top_k * tokens)
+    return slot_X
 
 
 def rounded_SE(exact_SE: Floats | Ints, wanted: int, most: int) -> Ints:
@@ -148,8 +186,8 @@ def rounded_SE(exact_SE: Floats | Ints, wanted: int, most: int) -> Ints:
 class _Maker:
     """The rows of one layer."""
 
-    def __init__(self, plan: Plan, chosen_SE: Ints, moe: int, top_k: int, tokens: int) -> None:
-        self.plan, self.chosen_SE, self.moe, self.tokens = plan, chosen_SE, moe, tokens
+    def __init__(self, plan: Plan, chosen_SE: Ints, slot_SX: Ints, moe: int, top_k: int, tokens: int) -> None:
+        self.plan, self.chosen_SE, self.slot_SX, self.moe, self.tokens = plan, chosen_SE, slot_SX, moe, tokens
         routing = Routing(tokens_per_source=tokens, top_k=top_k, tokens_LSE=chosen_SE[None])
         ruled = apply_capacity(routing, plan.capacity.rule, factor=plan.capacity.factor)
         self.travels_SE: Ints = ruled.tokens_LSE[0].astype(np.int64)
@@ -180,7 +218,7 @@ class _Maker:
 
     @cached_property
     def rows(self) -> Rows:
-        """Experts take turns along the tokens: expert e those from where the one before it ended, round and round."""
+        """Each expert's choices in turn; padding follows them, as if it were choices."""
         sources, columns = self.travels_SC.shape
         count_X = self.travels_SC.ravel()
         cell_N = np.repeat(np.arange(sources * columns), count_X)
@@ -191,10 +229,11 @@ class _Maker:
         start_SE = np.cumsum(self.chosen_SE, axis=1) - self.chosen_SE
         turn_N = start_SE[source_N, expert_N] + of_expert_N
         is_real_N = of_expert_N < self.kept_SE[source_N, expert_N]
+        slot_N = self.slot_SX[source_N, turn_N % self.slot_SX.shape[1]]
         return Rows(
             num_places=self.plan.ep, columns_per_place=columns // self.plan.ep, expert_C=self.expert_C,
-            source_N=source_N, column_N=column_N, token_N=np.where(is_real_N, turn_N % self.tokens, NOBODY),
-            choice_N=np.where(is_real_N, turn_N // self.tokens, 0), owner_N=turn_N % self.plan.etp,
+            source_N=source_N, column_N=column_N, token_N=np.where(is_real_N, slot_N % self.tokens, NOBODY),
+            choice_N=np.where(is_real_N, slot_N // self.tokens, 0), owner_N=turn_N % self.plan.etp,
             part_N=self._part_N(source_N, column_N, number_N),
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ Bytes are what must move through the GPU's memory: operands once in, results onc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from moeplan.domain.operators import Operator
 from moeplan.domain.plan import DTYPE_BYTES, Precision
@@ -81,8 +82,9 @@ def _input_gradient(operator: Operator, precision: Precision) -> Kernel:
     flops = operator.input_gradient_flops
     if operator.kind in _MATRIX:
         kernel = _kernel(operator, precision, flops=flops, size_bytes=weights + inputs + outputs, suffix="_dgrad")
-        return _turned(kernel, columns=operator.depth, depth=operator.columns)
-    return _kernel(operator, precision, flops=flops, size_bytes=weights + 2 * inputs + 2 * outputs, suffix="_grad")
+        return replace(kernel, columns=operator.depth, depth=operator.columns)
+    size = weights + 2 * inputs + 2 * outputs
+    return replace(_kernel(operator, precision, flops=flops, size_bytes=size, suffix="_grad"), is_backward=True)
 
 
 def _weight_gradient(operator: Operator, precision: Precision) -> Kernel:
@@ -93,10 +95,4 @@ def _weight_gradient(operator: Operator, precision: Precision) -> Kernel:
     kernel = _kernel(operator, precision, flops=operator.weight_gradient_flops, size_bytes=size, suffix="_wgrad")
     if operator.kind == "grouped_gemm":
         return kernel
-    return _turned(kernel, rows=operator.depth, columns=operator.columns, depth=operator.rows)
-
-
-def _turned(kernel: Kernel, **shape: float) -> Kernel:
-    """The same kernel with another shape of the product."""
-    fields = {name: getattr(kernel, name) for name in kernel.__dataclass_fields__}
-    return Kernel(**(fields | shape))
+    return replace(kernel, rows=operator.depth, columns=operator.columns, depth=operator.rows)

@@ -11,9 +11,22 @@ from moeplan.domain.program import Kernel
 from moeplan.errors import CatalogueError
 
 TILE = 128
-"""Rows and columns of the output that one SM computes at a time: the usual tile of cuBLAS for 16-bit products."""
-_SPLIT_DEPTH = 1024
-"""A product with too few tiles is also cut along its depth, into parts of no less than this."""
+"""Rows of an expert that a grouped product computes at a time: its part of the buffer is padded to as many.
+Reference: DeepGEMM, whose contiguous layout aligns each group to 128 rows.
+"""
+QUERIES = 128
+"""Queries of a block of fused attention. Reference: Shah et al., FlashAttention-3 (2024), section 3."""
+_TILES = ((128, 256), (64, 256), (128, 128), (64, 128), (64, 64))
+"""Rows and columns of the output that one SM computes at a time: what libraries choose from, the largest first."""
+_OPERAND = 12.0
+"""A tile of r rows and c columns takes 1 + 12 (1 / r + 1 / c) times its products: operands come over shared memory.
+As fitted to the dense products of `benchmarks/calibrate_silicon.py`, for all GPUs.
+"""
+_SOFTMAX = 80.0
+"""Exponentials of attention take as long as the products of a head of 80 elements, beside which they run. As fitted to
+heads of 64, 128 and 256 by `benchmarks/calibrate_silicon.py`, for all GPUs. Reference: Shah et al., FlashAttention-3
+(2024), section 2.2: 3.9 TFLOP/s of exponentials beside 989 of products on an H100, which makes it 64.
+"""
 
 
 def arithmetic_s(kernel: Kernel, gpu: Gpu) -> float:
@@ -22,11 +35,35 @@ def arithmetic_s(kernel: Kernel, gpu: Gpu) -> float:
         return 0.0
     if kernel.kind == "elementwise":
         return kernel.flops / (_peak(gpu, "fp32") * gpu.memory_efficiency)
-    if kernel.kind in ("attention", "scan"):
-        return kernel.flops / (_peak(gpu, kernel.dtype) * gpu.attention_efficiency)
-    if kernel.kind == "grouped_gemm":
-        return kernel.flops / (_peak(gpu, kernel.dtype) * gpu.grouped_gemm_efficiency * _grouped_share(kernel, gpu))
-    return kernel.flops / (_peak(gpu, kernel.dtype) * gpu.gemm_efficiency * _gemm_share(kernel, gpu))
+    reachable = reachable_flops_per_s(kernel, gpu)
+    if kernel.kind == "attention":
+        return _attention_s(kernel, gpu, reachable)
+    if kernel.kind == "scan":
+        return kernel.flops / reachable
+    rows = kernel.rows_per_expert if kernel.kind == "grouped_gemm" else None
+    if rows is None:
+        counts = {height: ceil(kernel.rows / height) * kernel.batch for height in (TILE, TILE // 2)}
+    else:
+        counts = {TILE: float(sum(ceil(count / TILE) for count in rows))}
+    return _tiles_s(kernel, gpu, counts, reachable)
+
+
+def reachable_flops_per_s(kernel: Kernel, gpu: Gpu) -> float:
+    """The peak of the kernel's number format, times the share of it that a large kernel of its kind reaches."""
+    peak = _peak(gpu, kernel.dtype)
+    if kernel.kind == "scan":
+        return peak * gpu.attention_efficiency
+    if kernel.kind == "attention":
+        is_forward = not kernel.is_backward or gpu.attention_backward_efficiency is None
+        return peak * (gpu.attention_efficiency if is_forward else gpu.attention_backward_efficiency or 1.0)
+    own = {"fp8": gpu.fp8_gemm_efficiency, "fp4": gpu.fp4_gemm_efficiency}.get(kernel.dtype) or gpu.gemm_efficiency
+    grouped = gpu.grouped_gemm_efficiency / gpu.gemm_efficiency if kernel.kind == "grouped_gemm" else 1.0
+    return peak * own * grouped * _sustained(gpu, kernel.dtype)
+
+
+def _sustained(gpu: Gpu, dtype: str) -> float:
+    own = {"fp8": gpu.sustained_fp8_efficiency, "fp4": gpu.sustained_fp4_efficiency}.get(dtype)
+    return own or gpu.sustained_efficiency
 
 
 def _peak(gpu: Gpu, dtype: str) -> float:
@@ -36,24 +73,37 @@ def _peak(gpu: Gpu, dtype: str) -> float:
     return peaks[dtype]
 
 
-def _gemm_share(kernel: Kernel, gpu: Gpu) -> float:
-    tiles = ceil(kernel.rows / TILE) * ceil(kernel.columns / TILE) * kernel.batch
-    exact = kernel.rows * kernel.columns * kernel.batch / TILE**2
-    return _wave_share(tiles, exact, kernel.depth, gpu.num_sms)
+def _tiles_s(kernel: Kernel, gpu: Gpu, rows_of_tiles: Mapping[int, float], reachable: float) -> float:
+    """min over tiles r x c of  waves (2 r c depth w(r, c) / w(128, 256) / reachable of one SM + tile start).
 
-
-def _grouped_share(kernel: Kernel, gpu: Gpu) -> float:
-    rows = sum(ceil(count / TILE) for count in kernel.rows_per_expert)
-    tiles = rows * ceil(kernel.columns / TILE)
-    exact = kernel.rows * kernel.columns / TILE**2
-    return _wave_share(tiles, exact, kernel.depth, gpu.num_sms)
-
-
-def _wave_share(tiles: float, exact: float, depth: float, num_sms: int) -> float:
-    """Useful part of the tiles' work over all waves: whole tiles, whole waves, each wave as wide as the GPU.
-
+    waves = ceil(tiles / SMs): whole tiles, whole waves; a library takes the tile that is fastest. w is `_OPERAND`.
     Reference: NVIDIA, "Matrix multiplication background user's guide", sections on tile and wave quantization.
     """
-    splits = 1 if tiles >= num_sms else max(1, min(int(depth // _SPLIT_DEPTH), int(num_sms // max(tiles, 1))))
-    waves = ceil(tiles * splits / num_sms)
-    return exact * splits / (waves * num_sms)
+    each = 2.0 * kernel.depth * gpu.num_sms / (reachable * _work(*_TILES[0]))
+    return min(
+        ceil(rows_of_tiles[rows] * ceil(kernel.columns / columns) / gpu.num_sms)
+        * (rows * columns * _work(rows, columns) * each + gpu.tile_start_s)
+        for rows, columns in _TILES
+        if rows in rows_of_tiles
+    )
+
+
+def _work(rows: int, columns: int) -> float:
+    return 1.0 + _OPERAND * (1.0 / rows + 1.0 / columns)
+
+
+def _attention_s(kernel: Kernel, gpu: Gpu, reachable: float) -> float:
+    """FLOP / reachable x max(1, s / head)  +  blocks of queries x start of one / SMs; backward, blocks start 2.5 times.
+
+    `rows` are queries of a head, `depth` the mean of its elements in keys and in values; s is `_SOFTMAX`. A kernel that
+    does not say its shape has no blocks, and heads wider than s.
+    """
+    softmax = max(1.0, _SOFTMAX / kernel.depth) if kernel.depth else 1.0
+    starts = (2.5 if kernel.is_backward else 1.0) * kernel.rows / QUERIES
+    return kernel.flops / reachable * softmax + starts * gpu.attention_block_s / gpu.num_sms
+
+
+def start_s(kernel: Kernel, gpu: Gpu) -> float:
+    """Of the kernel on the device, before and after its work; longer where operands come with scales of blocks."""
+    is_scaled = kernel.kind in ("gemm", "grouped_gemm") and kernel.dtype in ("fp8", "fp4")
+    return gpu.kernel_start_s + (gpu.scaled_start_s if is_scaled else 0.0)

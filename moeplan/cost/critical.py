@@ -88,12 +88,11 @@ class _Reader:
 
     def _arithmetic_share(self, work: Work) -> float:
         """Of the time of a work's kernels that of kernels whose arithmetic takes longer than their memory traffic."""
-        total = sum(self.cost_model.kernel_s(kernel) for kernel in work.kernels)
-        slow = [arithmetic_s(kernel, self.cost_model.gpu) for kernel in work.kernels]
+        model = self.cost_model
+        seconds = {kernel: model.kernel_s(kernel) for kernel in work.kernels}
+        total = sum(seconds[kernel] for kernel in work.kernels)
         bound = sum(
-            seconds
-            for kernel, seconds in zip(work.kernels, slow, strict=True)
-            if seconds >= self.cost_model.kernel_s(kernel)
+            seconds[kernel] for kernel in work.kernels if arithmetic_s(kernel, model.gpu) >= model.memory_s(kernel)
         )
         return bound / total if total else 0.0
 

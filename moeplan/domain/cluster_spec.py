@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from moeplan.domain._frozen import Frozen
 from moeplan.domain.fabric import FabricSpec
+from moeplan.domain.measured import Measured
 from moeplan.domain.wiring import Count, LinkSpec, NicSpec, NotNegative, Positive, Share, WireSpec, Wiring, wire_node
 from moeplan.errors import unknown_name
 
@@ -25,7 +26,10 @@ _PLACE_EXAMPLES = "{link: n0.gpu3 -> n0.nvswitch}, {nic: n0.nic3}, {rail: 3}"
     frozen=True, kw_only=True, slots=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 )
 class Gpu:
-    """One accelerator. Peaks are dense; efficiencies are the share of the peak that large kernels reach."""
+    """One accelerator. Peaks are dense; efficiencies are the share of the peak that large kernels reach.
+
+    `gemm_efficiency` is that of 16-bit and wider formats, and of the others where they have none of their own.
+    """
 
     name: str
     memory_bytes: Positive
@@ -41,10 +45,32 @@ class Gpu:
     grouped_gemm_efficiency: Share
     attention_efficiency: Share
     memory_efficiency: Share
+    fp8_gemm_efficiency: Share | None = None
+    fp4_gemm_efficiency: Share | None = None
+    attention_backward_efficiency: Share | None = None
+    """None: as forward."""
+    sustained_efficiency: Share = 1.0
+    """Speed of matrix products in a step that goes on for minutes, over their speed alone: clocks fall to what
+    the power limit allows, and operands are cast, scaled and laid out."""
+    sustained_fp8_efficiency: Share | None = None
+    sustained_fp4_efficiency: Share | None = None
+    """None: as in 16 bits."""
+    kernel_start_s: NotNegative = 0.0
+    """Of every kernel, on the device: until the first bytes are there, and after the last."""
+    scaled_start_s: NotNegative = 0.0
+    """More of every matrix product whose operands have a scale for each block: fp8 and fp4."""
+    tile_start_s: NotNegative = 0.0
+    """Of every tile of a matrix product, whatever its depth: the first operands in, the result out."""
+    attention_block_s: NotNegative = 0.0
+    """Of every block of queries, however many keys it sees: queries in, keys that are masked, the result out."""
+    exchange_start_s: NotNegative = 0.0
+    """Of every exchange: its kernel starts on all its GPUs, which wait for one another."""
     compute_share_beside_exchange: Share = 1.0
     """Speed of kernels while an exchange of the GPU moves, over their speed alone: it takes SMs and bandwidth."""
     exchange_share_beside_compute: Share = 1.0
     """Rate of a flow while a GPU at one of its ends computes, over its fair rate."""
+    measured: Measured | None = None
+    """What was measured of it in real steps."""
 
     @property
     def copy_bytes_per_s(self) -> float:

@@ -26,7 +26,8 @@ class Operator:
 
     `rows`, `columns`, `depth` are a GEMM's m, n, k and `batch` how often it is done (0 for what is not a GEMM). A
     grouped GEMM has its rows per group in `group_rows`, their sum in `rows`, and the groups that have a row in
-    `batch`.
+    `batch`. Attention has a row for each query of a head, and for `depth` the mean of a head's elements in keys and
+    values.
     `input_elements` and `output_elements` are activations that move through memory, `weight_elements` the weights read.
     `kept_elements` stay until the backward pass in the activation's precision, `kept_accumulator_elements` in fp32.
     `precision` is the precision of the output: "activation", or "accumulator" for fp32 router scores and logits.
@@ -128,7 +129,8 @@ def attention(name: str, *, flops: int, queries: int, keys: int, outputs: int, r
     Reference: Dao, "FlashAttention-2" (2023), section 3.1 (the scores are computed again) and 4.1 (the factor 2.5).
     """
     return Operator(
-        name=name, kind="attention", flops=flops, input_elements=queries + keys, output_elements=outputs,
+        name=name, kind="attention", flops=flops, rows=rows, depth=(queries + outputs) // (2 * rows) if rows else 0,
+        input_elements=queries + keys, output_elements=outputs,
         kept_elements=outputs, kept_accumulator_elements=rows, input_gradient_flops=5 * flops // 2,
     )  # fmt: skip
 

@@ -11,6 +11,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.domain.measured import Table, at
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -43,7 +45,7 @@ class Pass(IntEnum):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
     """One kernel on one GPU, as a cost model sees it. `rows x depth` times `depth x columns`, `batch` times, or no
-    GEMM.
+    GEMM. Attention has queries of all heads in `rows`, and in `depth` the mean of a head's elements in keys and values.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Kernel:
     depth: float = 0.0
     batch: float = 1.0
     rows_per_expert: tuple[float, ...] = ()
+    is_backward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,10 +101,14 @@ class Phase:
     classes: tuple[int, ...]
     copy_s_per_byte: float = 0.0
     """Each byte of the exchange is copied in the GPUs' own memory before it goes."""
+    host_share: float = 0.0
+    """Of the exchange's bytes, those that its busiest member sends in all phases; told to the first one."""
+    host: Table = ()
+    """What the host was measured to take, by these bytes."""
 
     def delay_s(self, size_bytes: float) -> float:
-        """Latency, and the copies of an exchange of `size_bytes`."""
-        return self.latency_s + self.copy_s_per_byte * size_bytes
+        """Latency, the copies of an exchange of `size_bytes`, and what its host does."""
+        return self.latency_s + self.copy_s_per_byte * size_bytes + at(self.host, self.host_share * size_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -111,7 +118,8 @@ class Wave:
     `steps` latencies pass before the bytes flow: a ring of n ranks pays n - 1 of them. `group_F` is the row of
     `groups_NG`. Transfers of one `bundle_F` go at one pace, that of the slowest: the hops of a ring, each of which
     passes on what came. Each transfer is `messages` messages. Before the wave the busiest rank copies `copy_share` of
-    the exchange's bytes in its own memory, to lay them out for it.
+    the exchange's bytes in its own memory, to lay them out for it. A wave that `follows` passes on the pieces of the
+    wave before as they come: both run together, and only its latency comes after the other's.
     """
 
     source_F: Ints
@@ -122,6 +130,7 @@ class Wave:
     steps: float = 1.0
     messages: float = 1.0
     copy_share: float = 0.0
+    follows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -34,6 +34,10 @@ class Figures(Frozen):
     """One simulated step of one plan."""
 
     step_s: Seconds
+    step_interval_s: tuple[Seconds, Seconds] | None = Field(default=None, strict=False)
+    """In which such a step lies four times of five, as published measurements say (`moeplan accuracy`)."""
+    tier: str | None = None
+    """What that rests on: measured, interpolated, extrapolated or assumed."""
     mfu: Annotated[float, Field(ge=0)]
     tokens_per_s_per_gpu: Annotated[float, Field(ge=0)]
     peak_memory_bytes: Bytes
@@ -75,6 +79,8 @@ class PlanResult(Frozen):
     scenario: Mapping[str, Any]
     plan: Plan
     step_s: Seconds
+    step_interval_s: tuple[Seconds, Seconds] | None = Field(default=None, strict=False)
+    tier: str | None = None
     mfu: Annotated[float, Field(ge=0)]
     tokens_per_s_per_gpu: Annotated[float, Field(ge=0)]
     peak_memory_bytes: Bytes

@@ -21,6 +21,7 @@ from torch import Tensor
 from moeplan import menu
 from moeplan.domain.cluster import Cluster
 from moeplan.domain.program import Exchange, Ints, Wave
+from moeplan.executor.conditions import exchanging
 
 _CLOSE = 1e-9
 
@@ -39,8 +40,9 @@ class Wire:
             if each.numel():
                 self.sent_bytes[target] += each.numel() * each.element_size()
                 ops.append(dist.P2POp(dist.isend, each.contiguous(), target, self.group))
-        for work in dist.batch_isend_irecv(ops) if ops else ():
-            work.wait()
+        with exchanging():
+            for work in dist.batch_isend_irecv(ops) if ops else ():
+                work.wait()
 
     def taken_bytes(self) -> dict[int, int]:
         """What has been sent to whom since the last time."""
@@ -175,7 +177,7 @@ class Route:
             held |= {hop: parcels[hop.end][hop.rows(int(counts_GG[me, hop.end]))] for hop in first}
         for wave in self.waves:
             out, into = self._messages(wave, counts_GG)
-            sends = [(self.ranks[j], torch.cat([_found(held, hop) for hop in hops])) for j, hops in out.items()]
+            sends = [(self.ranks[j], _together([_found(held, hop) for hop in hops])) for j, hops in out.items()]
             sizes = {i: [_length(hop, counts_GG) for hop in hops] for i, hops in into.items()}
             receives = [(self.ranks[i], like.new_empty(sum(sizes[i]), *like.shape[1:])) for i in into]
             wire.swap(sends, receives)
@@ -197,7 +199,12 @@ class Route:
     def _arrived(self, held: dict[Hop, Tensor], start: int, like: Tensor) -> Tensor:
         last = [hop for wave in self.waves for hop in wave if hop.start == start and hop.end == self.me == hop.target]
         parts = [held[hop] for hop in sorted(last, key=lambda hop: hop.low)]
-        return torch.cat(parts) if parts else like.new_empty(0, *like.shape[1:])
+        return _together(parts) if parts else like.new_empty(0, *like.shape[1:])
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """One after another; of one part no copy."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _found(held: dict[Hop, Tensor], hop: Hop) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeplan import menu
 from moeplan.compiler.compile_plan import compile_plan
@@ -25,8 +26,44 @@ from moeplan.domain.program import Floats, Ints, Program, Stream
 from moeplan.domain.scenario import Scenario
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import ExecutionError
+from moeplan.executor.conditions import MEANS, TICK_S
 from moeplan.executor.launch import PATIENCE_S, folder_of_a_run, run_ranks
 from moeplan.partition.route import Tokens
+
+Bools = NDArray[np.bool_]
+MOST_SHARE = 0.01
+"""Of the processors' time; a step of which others had more is contaminated."""
+_TICKS = 2
+"""Of the clock, by which the sums of all processors may be off at both ends of a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Repetitions:
+    """All steps of a run as they were measured, and under which conditions; the first, too, which warms up."""
+
+    start_s_ST: Floats
+    end_s_ST: Floats
+    processor_s_ST: Floats
+    delay_share_S: Floats
+    """Of the step, the part for which threads of a rank could have run and had no processor; the worst rank's."""
+    others_share_S: Floats
+    """Of all processors' time, the part that others than the ranks had, and the host of a virtual machine."""
+    yardstick_s_SR: Floats
+    """Seconds of a fixed piece of work around each step, by rank: the mean of before and behind."""
+    memory_bytes_RM: Ints
+    """By rank: before the job; the most that tensors took (of a processor: that the process took); that was held."""
+    means: Mapping[str, bool]
+    """Whether ranks could have memory kept, and be preferred."""
+    operations: Floats
+    """What a watch noted of rank 0, one row each; see `executor.watched`."""
+
+    @property
+    def is_clean_S(self) -> Bools:
+        """Steps that nobody disturbed, the first apart. That the threads of ranks wait for one another is their own
+        affair and part of what is measured, so only what others had counts.
+        """
+        found_S: Bools = self.others_share_S <= MOST_SHARE
+        return found_S & (np.arange(len(found_S)) > 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,6 +83,7 @@ class Execution:
     """Task, receiver and bytes, a row each, of one step: also what goes in tasks that are no exchanges."""
     gradients: tuple[tuple[Floats, ...], ...]
     """By rank and unit what the first step's optimizer got, where that was asked for."""
+    repetitions: Repetitions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +96,8 @@ class Job:
     seed: int = 0
     """Of the weights and the batches."""
     keeps_gradients: bool = False
+    watches: bool = False
+    """Whether products and attentions are noted one by one, which takes its own time."""
 
 
 def execute(scenario: Scenario, plan: Plan, *, steps: int = 3, seed: int = 0, device: str = "auto") -> Execution:
@@ -89,14 +129,17 @@ def document_of(job: Job, device: str) -> dict[str, Any]:
     """A job as its ranks read it."""
     return {
         "scenario": dict(job.scenario.document), "plan": job.plan.model_dump(mode="json", by_alias=True),
-        "steps": job.steps, "seed": job.seed, "keeps_gradients": job.keeps_gradients, "device": device,
+        "steps": job.steps, "seed": job.seed, "keeps_gradients": job.keeps_gradients, "watches": job.watches,
+        "device": device,
     }  # fmt: skip
 
 
 def joined(folder: Path, number: int, *, scenario: Scenario, plan: Plan, program: Program, device: str) -> Execution:
     """What all ranks left of one job, as one."""
-    ranks = [_read(folder / f"result-{number}-{rank}.npz") for rank in range(plan.world_size)]
+    ranks = [read_rank(folder, number, rank) for rank in range(plan.world_size)]
     times = {name: _by_task(ranks, name, len(program.tasks)) for name in ("start_s_ST", "end_s_ST", "processor_s_ST")}
+    for each in ranks:  # a send ends where it arrives
+        times["end_s_ST"][:, each["mail"]] = np.maximum(times["end_s_ST"][:, each["mail"]], each["arrived_s_SM"])
     start_S = times["start_s_ST"].min(axis=1)
     step_s_S = times["end_s_ST"].max(axis=1) - start_S
     counted = step_s_S[1:] if len(step_s_S) > 1 else step_s_S
@@ -111,12 +154,29 @@ def joined(folder: Path, number: int, *, scenario: Scenario, plan: Plan, program
         processor_s_T=_kept(times["processor_s_ST"][step]),
         losses=tuple(float(each) for each in np.sum([each["losses"] for each in ranks], axis=0)),
         step_s_S=_kept(step_s_S), sent_bytes=np.concatenate([each["sent"] for each in ranks]),
-        gradients=tuple(_gradients(each) for each in ranks),
+        gradients=tuple(_gradients(each) for each in ranks), repetitions=_repetitions(ranks, times),
     )  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
+def _repetitions(ranks: Sequence[Mapping[str, np.ndarray]], times: Mapping[str, Floats]) -> Repetitions:
+    readings_RSQ = np.stack([each["readings_SQ"] for each in ranks])
+    wall_RS, process_RS, delay_RS, busy_RS, steal_RS = readings_RSQ.transpose(2, 0, 1)
+    wall_S, cores = wall_RS.max(axis=0), os.cpu_count() or 1
+    others_s_S = np.maximum(busy_RS.max(axis=0) - process_RS.sum(axis=0) - _TICKS * TICK_S, 0.0) + steal_RS.max(axis=0)
+    yardstick_s = np.stack([each["yardstick_s"] for each in ranks], axis=1)
+    return Repetitions(
+        **{name: _kept(values) for name, values in times.items()}, delay_share_S=_kept(delay_RS.max(axis=0) / wall_S),
+        others_share_S=_kept(others_s_S / (wall_S * cores)),
+        yardstick_s_SR=_kept((yardstick_s[1:] + yardstick_s[:-1]) / 2),
+        memory_bytes_RM=np.stack([each["memory_bytes"] for each in ranks]),
+        means={name: bool(value) for name, value in zip(MEANS, ranks[0]["means"], strict=True)},
+        operations=ranks[0]["operations"],
+    )  # fmt: skip
+
+
+def read_rank(folder: Path, number: int, rank: int) -> dict[str, np.ndarray]:
+    """What a rank left of the job of that number."""
+    with np.load(folder / f"result-{number}-{rank}.npz", allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
@@ -167,8 +227,7 @@ def _busy_s(found: Execution) -> dict[str, float]:
 RANKS_PER_CORE = 4
 """More processes than that on one core wait for each other most of the time."""
 _DTYPES = ("fp32", "bf16")
-_ATTENTION = ("qkv_bias", "output_bias", "gate", "sinks", "shared_key_value", "window", "chunk", "cross",
-              "relative_buckets", "post_norm")  # fmt: skip
+_ATTENTION = ("output_bias", "gate", "shared_key_value", "cross", "relative_buckets", "post_norm")
 _LATENT = ("indexer", "down_bias", "output_bias", "post_norm")
 _DENSE = ("bias", "post_norm")
 _EXPERTS = ("bias", "router_bias", "router_scale", "expert_scale", "zero_experts", "latent_size", "dense_branch",
@@ -183,8 +242,12 @@ def check(plan: Plan, scenario: Scenario) -> None:
         raise ExecutionError(f"execute: {problem}")
 
 
-def check_device(plan: Plan, device: str) -> str:
-    """The device that `auto` means, or the one asked for. Raises ExecutionError where it cannot run the plan."""
+def check_device(plan: Plan, device: str, *, processes: int | None = None) -> str:
+    """The device that `auto` means, or the one asked for. Raises ExecutionError where it cannot run the plan.
+
+    `processes` run at a time: without a number, all ranks.
+    """
+    processes = processes or plan.world_size
     if find_spec("torch") is None:
         raise ExecutionError("execute: PyTorch is not installed; pip install 'moeplan[executor]'")
     if device not in ("auto", "cpu", "cuda"):
@@ -194,22 +257,29 @@ def check_device(plan: Plan, device: str) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and count == 0:
         raise ExecutionError("execute: device cuda: this machine has no CUDA device that PyTorch can use; use cpu")
-    chosen = "cuda" if device == "cuda" or (device == "auto" and count >= plan.world_size) else "cpu"
-    _check_room(plan, chosen, count)
-    if chosen == "cuda" and plan.world_size > 1 and not torch.distributed.is_nccl_available():
+    chosen = "cuda" if device == "cuda" or (device == "auto" and count >= processes) else "cpu"
+    _check_room(processes, chosen, count)
+    if chosen == "cuda" and processes > 1 and not torch.distributed.is_nccl_available():
         raise ExecutionError("execute: this PyTorch is built without NCCL; install one with it, or use device cpu")
     if chosen == "cuda" and plan.precision.compute == "bf16" and not torch.cuda.is_bf16_supported():
         raise ExecutionError("execute: precision bf16: this GPU has none; use fp32 (--set choose.precision=...)")
     return chosen
 
 
-def _check_room(plan: Plan, device: str, gpus: int) -> None:
+def gpu_name() -> str:
+    """What the first GPU is called."""
+    import torch
+
+    return torch.cuda.get_device_name(0)
+
+
+def _check_room(ranks: int, device: str, gpus: int) -> None:
     cores = os.cpu_count() or 1
-    if device == "cuda" and plan.world_size > gpus:
-        found = f"the plan has {plan.world_size} ranks, but this machine has {gpus} GPUs"
+    if device == "cuda" and ranks > gpus:
+        found = f"the plan has {ranks} ranks, but this machine has {gpus} GPUs"
         raise ExecutionError(f"execute: {found}; use torchrun on more machines, or a plan of at most {gpus} ranks")
-    if device == "cpu" and plan.world_size > RANKS_PER_CORE * cores:
-        found = f"the plan has {plan.world_size} ranks, but {cores} cores can take {RANKS_PER_CORE * cores}"
+    if device == "cpu" and ranks > RANKS_PER_CORE * cores:
+        found = f"the plan has {ranks} ranks, but {cores} cores can take {RANKS_PER_CORE * cores}"
         raise ExecutionError(f"execute: {found}; use a smaller cluster, such as --set cluster.gpus_per_node={cores}")
 
 
@@ -287,7 +357,11 @@ def _plan_problems(plan: Plan, scenario: Scenario) -> Iterator[str]:
     if plan.arbitration != "fair":
         yield f"arbitration {plan.arbitration!r} has no effect on real wires, which share as they do; use fair"
     if plan.ep > 1 and getattr(menu.module("collectives", plan.all_to_all), "COUNTS_COPIES", False):
-        yield f"all_to_all {plan.all_to_all!r} sends one copy to a node, which is not run; use linear or two_stage"
+        if plan.all_to_all != "node_dedup":
+            yield f"all_to_all {plan.all_to_all!r} is not run; use node_dedup, linear or two_stage"
+        if plan.overlap_degree > 1:
+            found = f"all_to_all {plan.all_to_all!r} with overlap_degree {plan.overlap_degree}"
+            yield f"{found} is not run, as a token's choices go in different parts; use overlap_degree 1, or linear"
     tokens, length = Tokens.of(plan, scenario.workload), scenario.workload.query_length
     if plan.tp > 1 and tokens.group % plan.tp:
         yield f"tp {plan.tp} does not divide the {tokens.group} tokens of a micro-batch; use a tp that does"

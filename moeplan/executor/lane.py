@@ -19,6 +19,7 @@ import torch
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Ints, Pass, Program, Stream
 from moeplan.errors import ExecutionError
+from moeplan.executor.conditions import exchange, thread_delay_s
 from moeplan.executor.exchange import Wire
 from moeplan.executor.launch import describe
 from moeplan.partition.stages import Pipeline
@@ -156,6 +157,8 @@ class Runner:
             self.waits[after] += befores
         self.done: dict[int, threading.Event] = {number: threading.Event() for number in numbers}
         self.spans: dict[int, Span] = {}
+        self.arrived_s: dict[int, float] = {}
+        self.ended_delay_s = 0.0
         self.failure: BaseException | None = None
         self.where = ""
 
@@ -182,7 +185,12 @@ class Runner:
 
     def _guarded(self, run: Callable[..., None], what: list[Task] | list[Message]) -> None:
         try:
-            run(what)
+            if threading.current_thread() is threading.main_thread():
+                run(what)
+            else:
+                exchange()
+                run(what)
+                self.ended_delay_s += thread_delay_s()
         except BaseException as error:
             if self.failure is None:
                 self.where = threading.current_thread().name if not self.where else self.where
@@ -223,6 +231,7 @@ class Runner:
         for message in messages:
             self.receive(message)
             self.clock.mark(message.task)
+            self.arrived_s[message.task] = time.monotonic()
             self.done[message.task].set()
 
 

@@ -61,6 +61,10 @@ def mixer_parameters(mixer: Attention | LatentAttention, prefix: str) -> list[Pa
         *_norm(f"{prefix}norm", mixer.norm, d),
         Parameter(name=f"{prefix}query_key_value", shape=(q + k + v, d), axis=0, pieces=(q, k, v)),
     ]
+    if mixer.qkv_bias:
+        found += [Parameter(name=f"{prefix}query_key_value_bias", shape=(q + k + v,), axis=0, pieces=(q, k, v))]
+    if mixer.sinks:
+        found += [Parameter(name=f"{prefix}sinks", shape=(heads,), axis=0)]
     if mixer.qk_norm == "head":
         found += [Parameter(name=f"{prefix}query_key_norm", shape=(2, mixer.head_dim))]
     return [*found, Parameter(name=f"{prefix}output", shape=(d, heads * mixer.value_dim), axis=1)]
@@ -245,9 +249,10 @@ def projected(
     if isinstance(mixer, LatentAttention):
         return _latent_projected(tape, mixer, normal, geometry, prefix=prefix)
     heads, kv_heads = mixer.num_heads // geometry.tp, mixer.num_kv_heads // geometry.tp
-    q, k, v = tape.linear(normal, f"{prefix}query_key_value").split(
-        (heads * mixer.head_dim, kv_heads * mixer.head_dim, kv_heads * mixer.value_dim), dim=-1
-    )
+    whole = tape.linear(normal, f"{prefix}query_key_value")
+    if mixer.qkv_bias:
+        whole = whole + tape.leaf(f"{prefix}query_key_value_bias")
+    q, k, v = whole.split((heads * mixer.head_dim, kv_heads * mixer.head_dim, kv_heads * mixer.value_dim), dim=-1)
     q, k = _by_head(q, geometry.batch, heads), _by_head(k, geometry.batch, kv_heads)
     if mixer.qk_norm == "head":
         weight = tape.leaf(f"{prefix}query_key_norm")
@@ -281,13 +286,33 @@ def attended(
         kv_heads = mixer.num_kv_heads // geometry.tp
         keys, values = shared_T.split((kv_heads * mixer.head_dim, kv_heads * mixer.value_dim), dim=-1)
         k, v = _by_head(keys, geometry.batch, kv_heads), _by_head(values, geometry.batch, kv_heads)
-    grouped = q.shape[1] != k.shape[1]
-    if geometry.place_K is None:
-        out = nn.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    else:
-        seen = geometry.place_S[:, None] >= geometry.place_K
-        out = nn.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    grouped, mask = q.shape[1] != k.shape[1], _seen_SK(mixer, geometry)
+    if mask is not None and isinstance(mixer, Attention) and mixer.sinks:
+        k, v, mask = _with_sinks(tape.leaf(f"{prefix}sinks"), k, v, mask)
+    out = nn.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return tape.linear(_by_token(out), f"{prefix}output")
+
+
+def _seen_SK(mixer: Attention | LatentAttention, geometry: Geometry) -> Tensor | None:
+    """Which keys each query sees; None: itself and all that come before, in order, and no sink."""
+    plain = isinstance(mixer, LatentAttention) or not (mixer.window or mixer.chunk or mixer.sinks)
+    if geometry.place_K is None and plain:
+        return None
+    place_S, place_K = geometry.place_S[:, None], geometry.place_S if geometry.place_K is None else geometry.place_K
+    seen_SK = place_S >= place_K
+    if isinstance(mixer, Attention) and mixer.window:
+        seen_SK &= place_S - place_K < mixer.window
+    if isinstance(mixer, Attention) and mixer.chunk:
+        seen_SK &= place_S // mixer.chunk == place_K // mixer.chunk
+    return seen_SK
+
+
+def _with_sinks(sink_H: Tensor, k: Tensor, v: Tensor, seen_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One key more, of zeros, whose score is the head's sink, and whose value is nothing (gpt-oss, 2025)."""
+    closed_SK = torch.zeros_like(seen_SK, dtype=k.dtype).masked_fill(~seen_SK, -torch.inf)
+    of_heads = (closed_SK.expand(len(sink_H), -1, -1), sink_H[:, None, None].expand(-1, len(closed_SK), 1))
+    k, v = (torch.cat([each, torch.zeros_like(each[:, :, :1])], dim=2) for each in (k, v))
+    return k, v, torch.cat(of_heads, dim=2)[None]
 
 
 def _latent_keys(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeplan import menu
 from moeplan.compiler.tokens import NOBODY, Choices, Rows, choices_of, token_numbers_T
 from moeplan.domain.mixers import Attention, LatentAttention
 from moeplan.domain.model import Layer
@@ -17,6 +18,7 @@ from moeplan.domain.placement import EMPTY
 from moeplan.domain.plan import DTYPE_BYTES, Plan
 from moeplan.domain.program import Exchange, Ints, Pass, Program, Stream
 from moeplan.domain.scenario import Scenario
+from moeplan.executor.copies import Copies
 from moeplan.executor.exchange import Ring, Route, mine
 from moeplan.executor.lane import Task, tasks_of
 from moeplan.executor.layers import Geometry, initial_weight, model_parameters
@@ -39,6 +41,8 @@ class RankRows:
     slot_counts: tuple[tuple[int, ...], ...]
     owned: tuple[tuple[int, ...], ...]
     """How many of them come by each of the ranks that share the place's experts."""
+    copies: Copies | None
+    """Where one copy of a token goes to each node; then `sent` are rows that stand for all that is made of a copy."""
 
 
 class Rank:
@@ -279,31 +283,58 @@ class Rank:
         return self._table(*key, make=lambda: choices.local_T(moe, task.microbatch, self.position, table.token_N[rows]))
 
     def row_TK(self, task: Task) -> Tensor:
-        """Which of the rows that come back is each choice of each token; one past the last where it was dropped."""
+        """Which of the rows that come back is each choice of each token; one past the last where it was dropped.
+
+        Where copies are sent, choices that went to other nodes have no row, and a column more for each such node the
+        sum that comes from there.
+        """
         return self._table("row", self.moe(task), task.microbatch, make=lambda: self._row_TK(task))
 
     def _row_TK(self, task: Task) -> Ints:
         (choices, table), moe = self._layer_rows(task), self.moe(task)
-        sent = np.concatenate(self.rows(task).sent)
+        rows, top_k = self.rows(task), choices.top_k[moe]
+        sent = np.concatenate(rows.sent)
+        column = table.choice_N[sent] if rows.copies is None else rows.copies.column_N(top_k)
         real = np.flatnonzero(table.token_N[sent] != NOBODY)
         local = choices.local_T(moe, task.microbatch, self.position, table.token_N[sent[real]])
-        row_TK = np.full((self.tokens, choices.top_k[moe]), len(sent))
-        row_TK[local, table.choice_N[sent[real]]] = real
+        row_TK = np.full((self.tokens, top_k + (0 if rows.copies is None else len(rows.copies.others))), len(sent))
+        row_TK[local, column[real]] = real
         return row_TK
+
+    def away_N(self, task: Task) -> Tensor:
+        """Which of its (tokens + 1) x choices are those of `Copies.away_N`; padding is of the token past the last."""
+        rows, (choices, table), moe = self.rows(task), self._layer_rows(task), self.moe(task)
+        assert rows.copies is not None
+        away = rows.copies.away_N
+        local = self.local_N(task, away)
+        return self._table("away", moe, task.microbatch, make=lambda: local * choices.top_k[moe] + table.choice_N[away])
 
     def rows(self, task: Task) -> RankRows:
         """Its rows in the layer of a task."""
         moe = self.moe(task)
         if moe not in self._rows:
-            self._rows[moe] = self._rank_rows(self._layer_rows(task)[1])
+            self._rows[moe] = self._rank_rows(self._layer_rows(task)[1], self._copies(task))
         return self._rows[moe]
 
-    def _rank_rows(self, table: Rows) -> RankRows:
+    def _copies(self, task: Task) -> Copies | None:
+        """The copies of the layer of a task, for an algorithm that sends such."""
+        if self.plan.ep == 1 or not getattr(menu.module("collectives", self.plan.all_to_all), "COUNTS_COPIES", False):
+            return None
+        table, moe = self._layer_rows(task)[1], self.moe(task)
+        exchange = next(each for each in self.tasks if each.kind == "dispatch" and self.moe(each) == moe).exchange
+        return Copies(
+            self.program.exchanges[exchange], self.scenario.cluster, self.number, table,
+            np.flatnonzero(table.owner_N == self.owner), self.device,
+        )  # fmt: skip
+
+    def _rank_rows(self, table: Rows, copies: Copies | None) -> RankRows:
         parts, owners = range(self.plan.overlap_degree), range(self.plan.etp)
         come = [[table.received(self.place, owner, part) for owner in owners] for part in parts]
         slots = [table.slots(np.concatenate(each)) for each in come]
+        sent = [table.sent(self.place, self.owner, part) for part in parts] if copies is None else [copies.sent_N]
         return RankRows(
-            sent=tuple(table.sent(self.place, self.owner, part) for part in parts),
+            sent=tuple(sent),
+            copies=copies,
             counts_GG=tuple(table.counts_GG(self.owner, part) for part in parts),
             by_slot=tuple(self._tensor(np.argsort(each, kind="stable")) for each in slots),
             slot_counts=tuple(tuple(np.bincount(each, minlength=table.columns_per_place).tolist()) for each in slots),

@@ -10,12 +10,13 @@ each process is a rank of the plan, `DIR` is a folder that all of them see, and 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,21 @@ from moeplan.domain.plan import Plan
 from moeplan.domain.program import Stream
 from moeplan.domain.scenario import Scenario
 from moeplan.errors import ExecutionError, MoeplanError
+from moeplan.executor.conditions import MEANS, Reading, compute, exchanging, forget_peak, prepare, resident_bytes
+from moeplan.executor.delayed import Delays, connect
 from moeplan.executor.exchange import Wire
 from moeplan.executor.execute import check, joined, summary
 from moeplan.executor.lane import Runner, Span, messages_to
 from moeplan.executor.launch import DONE, JOB, PATIENCE_S, progress_table
 from moeplan.executor.rank import Rank
+from moeplan.executor.watched import Operation, Watch, watched
 from moeplan.executor.works import Works
+from moeplan.executor.yardstick import Yardstick
 
+_OF_STREAM = {
+    Stream.COMPUTE: ("beside",), Stream.TENSOR: ("tensor",), Stream.EXPERT: ("expert",),
+    Stream.SHARD: ("shard",), Stream.PIPELINE: ("up", "down"),
+}  # fmt: skip
 _WIRES = ("tensor", "expert", "shard", "up", "down", "beside")
 _ROUNDS = 20
 """Of which the shortest tells how far the clock of another machine is off."""
@@ -92,7 +101,7 @@ def _job(given: argparse.Namespace, world_size: int) -> dict[str, Any]:
         raise ExecutionError(f"execute: {found}; start as many processes as the plan has ranks")
     return {
         "scenario": dict(scenario.document), "plan": plan.model_dump(mode="json", by_alias=True), "steps": given.steps,
-        "seed": 0, "device": given.device, "keeps_gradients": False,
+        "seed": 0, "device": given.device, "keeps_gradients": False, "watches": False,
     }  # fmt: skip
 
 
@@ -111,10 +120,17 @@ class _Process:
         devices = [_device(job, plan) for job, (_, plan) in zip(self.jobs, first, strict=True)]
         if not self.is_child:
             check(first[0][1], first[0][0])
-        self._connect(devices[0])
+        delays = self.jobs[0].get("delays")
+        self.delays = None if delays is None else Delays(delays, devices[0])
+        is_processor = devices[0].type == "cpu"
+        self.means = prepare() if is_processor else {}
+        self._connect(devices[0])  # makes the threads of gloo
+        if is_processor:
+            compute()
         for number, (job, (scenario, plan), device) in enumerate(zip(self.jobs, first, devices, strict=True)):
             self._run_job(number, job, scenario, plan, device)
-        dist.barrier()
+        with exchanging():
+            dist.barrier()
         if not self.is_child and self.rank == 0:
             scenario, plan = first[0]
             program = compile_plan(plan, scenario, folded=False)
@@ -127,43 +143,83 @@ class _Process:
         timeout = timedelta(seconds=600 if self.is_child else PATIENCE_S)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if self.is_child:
+        if self.delays is not None:
+            connect(self.rank, self.world_size, self.delays)
+        elif self.is_child:
             store = FileStore(str(self.folder / "rendezvous"), self.world_size)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            self._join(backend, timeout)
         groups = {name: dist.new_group(list(range(self.world_size)), timeout=timeout) for name in _WIRES}
         self.wires = {name: Wire(group) for name, group in groups.items()}
         self.wires |= {f"{name} in": Wire(groups[name]) for name in ("up", "down")}
         self.offset_s = _offset_s(self.rank, self.world_size)
 
+    @staticmethod
+    def _join(backend: str, timeout: timedelta) -> None:
+        """Meets the others where the launch says."""
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            found = f"execute: ranks cannot meet at {where}: {str(error).splitlines()[0]}"
+            raise ExecutionError(f"{found}; use another port (torchrun --standalone finds a free one)") from None
+
     def _run_job(
         self, number: int, job: Mapping[str, Any], scenario: Scenario, plan: Plan, device: torch.device
     ) -> None:
         program = compile_plan(plan, scenario, folded=False)
+        gc.collect()  # what the job before has left in circles
+        before_bytes = _memory_bytes(device)
         rank = Rank(program, plan, scenario, self.rank, device=device, seed=job["seed"])
         works = Works(rank, self.wires)
-        by_stream = {
-            Stream.COMPUTE: ("beside",), Stream.TENSOR: ("tensor",), Stream.EXPERT: ("expert",),
-            Stream.SHARD: ("shard",), Stream.PIPELINE: ("up", "down"),
-        }  # fmt: skip
+        handle: Callable[[Any], None] = works.handle
+        receive: Callable[[Any], None] = works.receive
+        if self.delays is not None:
+            handle, receive = self.delays.before(handle), self.delays.before(receive)
         runner = Runner(
-            program, rank.tasks, messages_to(program, rank.pipes, self.rank), handle=works.handle,
-            receive=works.receive, wires={s: [self.wires[name] for name in names] for s, names in by_stream.items()},
+            program, rank.tasks, messages_to(program, rank.pipes, self.rank), handle=handle, receive=receive,
+            wires={stream: [self.wires[name] for name in names] for stream, names in _OF_STREAM.items()},
             progress=self.progress, device=device, more_waits=rank.more_waits,
         )  # fmt: skip
         self.progress[DONE] += 1
-        found = _Measured()
+        found, yardstick, watch = _Measured(), Yardstick(device), Watch() if job.get("watches") else None
+        if watch is not None:
+            runner.handle = watched(handle, watch)
+        forget_peak()
         for step in range(job["steps"]):
             works.sharding.keeps_gradients = job["keeps_gradients"] and step == 0
             words_N, target_N = batch_of(scenario, step, job["seed"])
             works.begin(words_N.to(device), target_N.to(device))
-            dist.barrier()
+            with exchanging():
+                dist.barrier()
             self.progress[JOB] = number + 1
-            found.add(runner.step(), works.dense.ends.loss if rank.tensor_ranks[0] == self.rank else 0.0)
+            if self.delays is not None:
+                self.delays.begin()
+            found.yardstick_s.append(yardstick.seconds())
+            before = Reading.now(runner.ended_delay_s)
+            spans = self._step(runner, watch)
+            loss = works.dense.ends.loss if rank.tensor_ranks[0] == self.rank else 0.0
+            found.arrivals.append(dict(runner.arrived_s))
+            found.add(spans, loss, Reading.now(runner.ended_delay_s).since(before))
             self.progress[JOB] = 0
-        tables = {f"gradient{at}": each.float().cpu().numpy() for at, each in enumerate(works.sharding.final or ())}
+        found.yardstick_s.append(yardstick.seconds())
+        tables = self._tables(works, watch) | {"memory_bytes": np.array([before_bytes, *_peak_bytes(device)])}
         found.write(self.folder / f"result-{number}-{self.rank}.npz", self.offset_s, tables)
+
+    def _tables(self, works: Works, watch: Watch | None) -> dict[str, Any]:
+        """Gradients, the means that were to be had, and what was watched."""
+        tables = {f"gradient{at}": each.float().cpu().numpy() for at, each in enumerate(works.sharding.final or ())}
+        tables["means"] = np.array([self.means.get(name, False) for name in MEANS])
+        tables["operations"] = np.array(watch.found if watch else []).reshape(-1, len(Operation._fields))
+        return tables
+
+    @staticmethod
+    def _step(runner: Runner, watch: Watch | None) -> dict[int, Span]:
+        if watch is None:
+            return runner.step()
+        with watch:
+            return runner.step()
 
 
 class _Measured:
@@ -172,11 +228,17 @@ class _Measured:
     def __init__(self) -> None:
         self.steps: list[dict[int, Span]] = []
         self.losses: list[float] = []
+        self.readings: list[tuple[float, ...]] = []
+        self.arrivals: list[dict[int, float]] = []
+        """When what other stages sent was here, by their tasks."""
+        self.yardstick_s: list[float] = []
+        """Before each step, and behind the last."""
 
-    def add(self, spans: dict[int, Span], loss: float) -> None:
+    def add(self, spans: dict[int, Span], loss: float, reading: tuple[float, ...]) -> None:
         """One step more."""
         self.steps.append(spans)
         self.losses.append(loss)
+        self.readings.append(reading)
 
     def write(self, path: Path, offset_s: float, tables: Mapping[str, np.ndarray]) -> None:
         """As arrays by step and task, and the bytes of the last step by task and receiver."""
@@ -187,10 +249,14 @@ class _Measured:
         }
         for name in ("start_s_ST", "end_s_ST"):
             times[name] -= offset_s
+        mail = sorted(self.arrivals[-1])
+        times["arrived_s_SM"] = np.array([[each[task] for task in mail] for each in self.arrivals]) - offset_s
         rows = [(task, to, size) for task in tasks for to, size in self.steps[-1][task].sent_bytes.items()]
         sent = np.array(rows, np.int64).reshape(-1, 3)
         part = path.with_suffix(".part.npz")
-        whole: dict[str, Any] = {"tasks": np.array(tasks), "losses": np.array(self.losses), "sent": sent}
+        numbers = {"tasks": np.array(tasks), "mail": np.array(mail, np.int64), "sent": sent}
+        whole: dict[str, Any] = numbers | {"losses": np.array(self.losses)}
+        whole |= {"readings_SQ": np.array(self.readings), "yardstick_s": np.array(self.yardstick_s)}
         np.savez(part, **(whole | times | dict(tables)))
         part.rename(path)
 
@@ -204,6 +270,17 @@ def _device(job: Mapping[str, Any], plan: Plan) -> torch.device:
     if job["device"] == "auto":
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return torch.device(job["device"], local) if job["device"] == "cuda" else torch.device(job["device"])
+
+
+def _memory_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+
+
+def _peak_bytes(device: torch.device) -> tuple[int, int]:
+    """The most that was allocated, and that was held for it; of a processor's memory only the latter is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return resident_bytes(peak=True), resident_bytes(peak=True)
 
 
 def batch_of(scenario: Scenario, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

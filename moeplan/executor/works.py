@@ -16,8 +16,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nn
 
 from moeplan.domain.program import Pass
+from moeplan.executor.copies import Relayed
 from moeplan.executor.dense import DenseWorks
 from moeplan.executor.exchange import Wire
 from moeplan.executor.lane import Message, Task
@@ -57,6 +59,8 @@ class Passage:
         self.put_aside: dict[tuple[int, str, int], list[Tape]] = defaultdict(list)
         self.kept: dict[int, Tensor] = {}
         """By layer, the keys and values of this rank's tokens, which are gathered once more on the way back."""
+        self.relayed: dict[int, Relayed] = defaultdict(Relayed)
+        """By layer, what it keeps of other ranks' tokens."""
 
     def forget(self, layer: int, *, keep: str = "") -> None:
         """Drops the values of a layer."""
@@ -214,29 +218,47 @@ class Works:
     def dispatch_forward(self, task: Task, passage: Passage) -> None:
         """Tokens to their experts."""
         rows = self._sent_rows(task, passage.values[task.layer, "u"])
-        passage.values[task.layer, f"in/{task.part}"] = self._to_experts(task, rows)
+        passage.values[task.layer, f"in/{task.part}"] = self._to_experts(task, rows, passage)
 
     def dispatch_backward(self, task: Task, passage: Passage) -> None:
         """Gradients of what came back, to the experts."""
         rows = passage.values.pop((task.layer, f"dback/{task.part}"))
-        passage.values[task.layer, f"dout/{task.part}"] = self._to_experts(task, rows)
+        passage.values[task.layer, f"dout/{task.part}"] = self._to_experts(task, rows, passage)
 
     def combine_forward(self, task: Task, passage: Passage) -> None:
         """Experts' outputs to their tokens."""
         rows = passage.values.pop((task.layer, f"out/{task.part}"))
-        passage.values[task.layer, f"back/{task.part}"] = self._from_experts(task, rows)
+        passage.values[task.layer, f"back/{task.part}"] = self._from_experts(task, rows, passage)
 
     def combine_backward(self, task: Task, passage: Passage) -> None:
         """Gradients of what was sent, to their tokens."""
         rows = passage.values.pop((task.layer, f"din/{task.part}"))
-        passage.values[task.layer, f"dsent/{task.part}"] = self._from_experts(task, rows)
+        passage.values[task.layer, f"dsent/{task.part}"] = self._from_experts(task, rows, passage)
 
-    def _to_experts(self, task: Task, rows: Tensor) -> Tensor:
+    def _to_experts(self, task: Task, rows: Tensor, passage: Passage) -> Tensor:
+        if (copies := self.rank.rows(task).copies) is not None:
+            weight_N = None if task.backward else self._away(task, passage.values[task.layer, "weight"])
+            leaving, relayed = rows.to(self.rank.travel["dispatch"]), passage.relayed[task.layer]
+            return copies.to_experts(self.wires["expert"], leaving, relayed, weight_N).to(self.rank.dtype)
         counts_GG, route = self.rank.rows(task).counts_GG[task.part], self.rank.route(task)
         parcels = rows.to(self.rank.travel["dispatch"]).split(counts_GG[route.me].tolist())
         return torch.cat(route.run(self.wires["expert"], parcels, counts_GG)).to(self.rank.dtype)
 
-    def _from_experts(self, task: Task, rows: Tensor) -> Tensor:
+    def _away(self, task: Task, weight_TK: Tensor) -> Tensor:
+        """Weights of what other nodes are sent, and 0 for padding."""
+        padded = torch.cat([weight_TK, weight_TK.new_zeros(1, weight_TK.shape[1])])
+        return padded.reshape(-1)[self.rank.away_N(task)].to(torch.float32)
+
+    def _from_experts(self, task: Task, rows: Tensor, passage: Passage) -> Tensor:
+        if (copies := self.rank.rows(task).copies) is not None:
+            leaving, relayed = rows.to(self.rank.travel["combine"]), passage.relayed[task.layer]
+            back, dweight_N = copies.to_tokens(self.wires["expert"], leaving, relayed, is_gradient=task.backward)
+            if dweight_N is not None:
+                dweight = passage.values[task.layer, "dweight"]
+                padded = torch.cat([dweight, dweight.new_zeros(1, dweight.shape[1])]).reshape(-1)
+                padded.index_add_(0, self.rank.away_N(task), dweight_N.to(dweight.dtype))
+                passage.values[task.layer, "dweight"] = padded.view(-1, dweight.shape[1])[:-1]
+            return back.to(self.rank.dtype)
         counts_GG, route = self.rank.rows(task).counts_GG[task.part].T, self.rank.route(task)
         parcels = rows.to(self.rank.travel["combine"]).split(counts_GG[route.me].tolist())
         return torch.cat(route.run(self.wires["expert"], parcels, counts_GG)).to(self.rank.dtype)
@@ -312,7 +334,8 @@ class Works:
             inputs.append(passage.values[task.layer, "shared"])
 
         def run(h: Tensor, weight: Tensor, back: Tensor, *shared: Tensor) -> tuple[Tensor]:
-            found = merged(h, weight, back, row_TK)
+            more = row_TK.shape[1] - weight.shape[1]
+            found = merged(h, nn.pad(weight, (0, more), value=1.0), back, row_TK)
             return (found + shared[0] if shared else found,)
 
         (found,) = self.run(task, passage, run, tuple(inputs), self.tape(task))

@@ -12,6 +12,7 @@ import numpy as np
 
 from moeplan import menu
 from moeplan.domain.cluster import Cluster
+from moeplan.domain.measured import at
 from moeplan.domain.program import Exchange, Floats, Ints, Wave
 from moeplan.errors import SimulationError, unknown_name
 from moeplan.network.bounds import cut_bound
@@ -182,7 +183,8 @@ class _Run:
 def _phase(pattern: Pattern, phase: int, exchange: Exchange, cluster: Cluster, tolerance: float) -> _Run:
     now_F = pattern.phase_F == phase
     copy_s = float(pattern.copy_s_per_byte_P[phase]) * exchange.size_bytes
-    delay_s = float(pattern.delay_s_F[now_F].max(initial=0.0)) + copy_s
+    host_s = at(pattern.host, pattern.host_share * exchange.size_bytes) if phase == 0 else 0.0
+    delay_s = float(pattern.delay_s_F[now_F].max(initial=0.0)) + copy_s + host_s
     payload_F = pattern.share_F[now_F] * exchange.size_bytes
     bytes_F = np.where(payload_F > 0, payload_F + pattern.extra_bytes_F[now_F], 0.0)
     row, hop = np.nonzero(pattern.paths_FH[now_F] >= 0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from moeplan import menu
 from moeplan.domain.cluster import Cluster
+from moeplan.domain.measured import Table
 from moeplan.domain.program import Exchange, Floats, Ints, Wave
 from moeplan.domain.wiring import IntArray
 
@@ -32,6 +33,13 @@ class Pattern:
     """What the narrowest link of the path could carry in the gaps between the messages."""
     copy_s_per_byte_P: Floats
     """Of each phase: seconds of copying in the GPUs' own memory for each byte of the exchange."""
+    host: Table = ()
+    """What the hosts of the members do, by the bytes that the busiest one sends."""
+
+    @property
+    def host_share(self) -> float:
+        """Of the exchange's bytes, those that the busiest member sends."""
+        return float(np.bincount(self.source_F, weights=self.share_F).max(initial=0.0))
 
 
 def pattern_key(exchange: Exchange) -> tuple[object, ...]:
@@ -55,22 +63,36 @@ def pattern_of(exchange: Exchange, waves: list[Wave], cluster: Cluster) -> Patte
     """The transfers of some waves, with their paths."""
     source = np.concatenate([wave.source_F for wave in waves])
     target = np.concatenate([wave.target_F for wave in waves])
-    phase = np.repeat(np.arange(len(waves)), [len(wave.source_F) for wave in waves])
+    counts = [len(wave.source_F) for wave in waves]
+    wave_F = np.repeat(np.arange(len(waves)), counts)
+    phase_W = np.cumsum([not wave.follows or at == 0 for at, wave in enumerate(waves)]) - 1
     delay_F = cluster.path_latency_s(source, target) + cluster.path_overhead_s(source, target)
-    gap_F = cluster.path_gap_s(source, target) * np.array([wave.messages for wave in waves])[phase]
+    measured = cluster.gpu.measured
+    delay_F = delay_F * np.array([wave.steps for wave in waves])[wave_F]
+    delay_F = delay_F + np.where(wave_F == 0, cluster.gpu.exchange_start_s, 0.0)
+    gap_F = cluster.path_gap_s(source, target) * np.array([wave.messages for wave in waves])[wave_F]
     return Pattern(
         groups_NG=exchange.groups_NG,
-        phase_F=phase,
+        phase_F=phase_W[wave_F],
         group_F=np.concatenate([wave.group_F for wave in waves]),
         bundle_F=_numbered_on([wave.bundle_F for wave in waves]),
         source_F=source,
         target_F=target,
         share_F=np.concatenate([wave.share_F for wave in waves]),
         paths_FH=cluster.paths(source, target),
-        delay_s_F=delay_F * np.array([wave.steps for wave in waves])[phase],
+        delay_s_F=_one_after_another(delay_F, wave_F, phase_W),
         extra_bytes_F=gap_F * np.where(gap_F > 0, cluster.path_bandwidth_bytes_per_s(source, target), 0.0),
-        copy_s_per_byte_P=np.array([wave.copy_share for wave in waves]) / cluster.gpu.copy_bytes_per_s,
+        copy_s_per_byte_P=np.bincount(phase_W, [wave.copy_share for wave in waves]) / cluster.gpu.copy_bytes_per_s,
+        host=() if measured is None else measured.table(exchange.operation, exchange.groups_NG.shape[1]),
     )
+
+
+def _one_after_another(delay_F: Floats, wave_F: Ints, phase_W: Ints) -> Floats:
+    """The delays, in a wave that follows those of the waves before it in its phase added."""
+    found_F = delay_F.copy()
+    for wave in np.flatnonzero(np.diff(phase_W, prepend=-1) == 0).tolist():
+        found_F[wave_F == wave] += found_F[wave_F == wave - 1].max(initial=0.0)
+    return found_F
 
 
 def _waves(exchange: Exchange, cluster: Cluster) -> list[Wave]:

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from moeplan.domain.placement import Floats, Ints, PlacementProblem
+from moeplan.domain.placement import Floats, Ints, LayerPlacement, PlacementProblem
 from moeplan.jit import clock_s
+from moeplan.placers._balance import slots_of
 from moeplan.placers._counts import ROUNDING, Options, Range, any_counts, options
 from moeplan.placers._highs import solver_of
 from moeplan.placers._pricing import best_sets
@@ -106,6 +107,13 @@ class ConfigurationLP:
             if not self._add_best(found, worth_O, item_OC):
                 return None
         return None
+
+    def add_contents(self, placement: LayerPlacement) -> None:
+        """The contents of a placement's GPUs are columns from the start: that saves a third of a first solution."""
+        problem, none = self._problem, self._problem.num_experts
+        at_GC = slots_of(placement, gpus=problem.num_gpus, per_gpu=problem.slots_per_gpu, num_experts=none)
+        count_E = np.bincount(placement.expert_R, minlength=none + 1)
+        self.add(np.where(at_GC < none, at_GC, -1), np.maximum(1, count_E)[at_GC])
 
     def add(self, expert_JC: Ints, count_JC: Ints) -> int:
         """How many of the configurations are new; those are now columns."""

@@ -11,6 +11,7 @@ import numpy as np
 from moeplan.domain.placement import LayerPlacement, PlacementProblem
 from moeplan.errors import PlanError
 from moeplan.jit import clock_s
+from moeplan.placers._balance import placement_of, walked_anew
 from moeplan.placers._branching import refuted
 from moeplan.placers._check import check, value
 from moeplan.placers._configurations import ConfigurationLP, Fractions, Prices, stretched
@@ -81,6 +82,9 @@ def improve(search: Search) -> None:
         _bisect(search, _paired, _PAIRS)
     else:
         lp = ConfigurationLP(search.problem)
+        lp.add_contents(search.placement)
+        if not _refuted_by_lp(search, lp, limit=search.value / (1 + search.gap) * (1 + _ROUNDING)):
+            _walk_anew(search)
         _bisect_lp(search, lp)
         _bisect(search, partial(_branched, lp), _BRANCHING)
     if size(search.problem) <= MEDIUM:
@@ -98,17 +102,32 @@ def _solve_whole(search: Search) -> None:
     search.prove(answer.bound, WHOLE)
 
 
+def _walk_anew(search: Search) -> None:
+    """Walks from other beginnings, towards the bound."""
+    if search.is_done():
+        return
+    problem = search.problem
+    at_GC = walked_anew(
+        problem.tokens_E, gpus=problem.num_gpus, slots=problem.slots, per_gpu=problem.slots_per_gpu,
+        bound=search.bound, gap=search.gap, rng=search.rng, stop_s=search.stop_s,
+    )  # fmt: skip
+    search.offer(placement_of(at_GC, problem.num_experts))
+
+
+def _refuted_by_lp(search: Search, lp: ConfigurationLP, *, limit: float) -> bool:
+    """Whether the configuration LP refutes the limit, which raises the bound."""
+    solution = lp.solve(limit=limit, within=any_counts(search.problem), stop_s=search.stop_s)
+    if isinstance(solution, Prices):
+        search.prove(stretched(search.problem, solution, limit=limit, high=search.value), _CONFIGURATIONS)
+    return isinstance(solution, Prices)
+
+
 def _bisect_lp(search: Search, lp: ConfigurationLP) -> None:
     """The bound raised to what the configuration LP proves, within an eighth of the wanted gap."""
-    problem, high = search.problem, search.value
+    high = search.value
     while not search.is_done() and high > search.bound * (1 + search.gap / 8):
         limit = (search.bound * high) ** 0.5
-        solution = lp.solve(limit=limit, within=any_counts(problem), stop_s=search.stop_s)
-        if isinstance(solution, Prices):
-            search.prove(stretched(problem, solution, limit=limit, high=high), _CONFIGURATIONS)
-        elif solution is None:
-            return
-        else:
+        if not _refuted_by_lp(search, lp, limit=limit):
             high = limit
 
 

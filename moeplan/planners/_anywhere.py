@@ -13,8 +13,8 @@ from math import ceil, exp, floor
 import numpy as np
 
 from moeplan.compiler.works import work
-from moeplan.cost.compute import TILE, arithmetic_s
-from moeplan.cost.cost_model import CostModel
+from moeplan.cost.compute import TILE, arithmetic_s, reachable_flops_per_s, start_s
+from moeplan.cost.cost_model import CostModel, beside_memory_s
 from moeplan.domain.feed_forward import Experts
 from moeplan.domain.placement import PlacementProblem
 from moeplan.domain.plan import Plan
@@ -97,6 +97,8 @@ class LeastExperts:
 
     def seconds(self, tokens_E: Floats) -> ExpertSeconds:
         """`tokens_E` of all parts together; a replica's are rounded to whole tokens, and so are those of a part."""
+        if self.cost_model.gpu.measured is not None:
+            return self._measured(tokens_E)
         parts, copies = self.plan.overlap_degree, self.plan.ep if self.replicas else 1
         mean_E = np.maximum(tokens_E - 0.5 * copies, 0.0) / parts
         least_E = np.maximum(np.floor(mean_E) - copies, 0.0)
@@ -105,6 +107,13 @@ class LeastExperts:
         mean_s = self._fluid_s(floor(float(mean_E.sum()) / self.plan.ep), tiles=tiles, read=read)
         hottest = max(mean_s, self._tiles_s(ceil(tiles * (1 - _ROUNDING))))
         return ExpertSeconds(hottest=max(hottest, self._fullest_s(tokens_E)), mean=mean_s)
+
+    def _measured(self, tokens_E: Floats) -> ExpertSeconds:
+        """Of a place on average, where products were measured: they know no tiles, and each row costs the same."""
+        copies = self.plan.ep if self.replicas else 1
+        rows = floor(float(np.maximum(tokens_E - 0.5 * copies, 0.0).sum()) / self.plan.overlap_degree / self.plan.ep)
+        seconds = self.cost_model.cost(self._work((rows,))).seconds
+        return ExpertSeconds(hottest=seconds, mean=seconds)
 
     def _fullest_s(self, tokens_E: Floats) -> float:
         """Of the place with most tokens, as if they were all of one expert; 0 where replicas may even them out."""
@@ -120,7 +129,10 @@ class LeastExperts:
         """Of the place with most tiles of rows: the products alone, and the launches of all."""
         gpu = self.cost_model.gpu
         kernels = self._work((tiles * TILE,)).kernels
-        grouped = [arithmetic_s(kernel, gpu) if kernel.kind == "grouped_gemm" else 0.0 for kernel in kernels]
+        grouped = [
+            start_s(kernel, gpu) + arithmetic_s(kernel, gpu) if kernel.kind == "grouped_gemm" and kernel.flops else 0.0
+            for kernel in kernels
+        ]
         return sum(max(seconds, gpu.kernel_launch_s) for seconds in grouped)
 
     def _fluid_s(self, rows: int, *, tiles: float, read: int) -> float:
@@ -134,9 +146,10 @@ class LeastExperts:
             if kernel.kind != "grouped_gemm":
                 seconds = self.cost_model.kernel_s(kernel)
             else:
-                peak = gpu.peak_flops_per_s[self.plan.precision.compute] * gpu.grouped_gemm_efficiency
                 wasted = max(1.0, tiles * TILE / rows) if rows else 1.0
-                seconds = max(kernel.flops * wasted / peak, self.cost_model.memory_s(kernel))
+                fluid_s = kernel.flops * wasted / reachable_flops_per_s(kernel, gpu)
+                seconds = beside_memory_s(fluid_s, self.cost_model.memory_s(kernel))
+                seconds += start_s(kernel, gpu) if seconds else 0.0
             total += max(seconds, gpu.kernel_launch_s)
         return total
 

@@ -27,7 +27,7 @@ from moeplan.domain.scenario import Scenario
 from moeplan.partition.route import Load
 from moeplan.planners._chains import Chain, Exchanges, backward, forward, weights
 from moeplan.planners._groups import Grid, cheapest, even_wire, even_wires, grid_of, send_wire, uneven_wires
-from moeplan.planners._outline import outline_of
+from moeplan.planners._outline import Outline, outline_of
 from moeplan.planners._pairs import Pairs
 from moeplan.planners._passes import (
     BACKWARD,
@@ -128,21 +128,18 @@ class Bounds:
         `closely`: slots of two are looked at step by step on one rank, which takes longer.
         """
         layout, shape = branch.layout, self.shape(branch.layout)
-        microbatches = self.microbatches(branch)
         outline = outline_of(layout, self.training)
         none = np.zeros((1, len(passes.hop)))
         then = np.concatenate([passes.before_forward[1:], none])
         onward = np.concatenate([none, np.cumsum(passes.forward + passes.hop + then, axis=0)])
         least = np.minimum(passes.backward, passes.input_gradient) + passes.before_backward
         backward = np.concatenate([none, np.cumsum(least + passes.hop, axis=0)])
-        fill, work, drain = [], [], []
-        for rank, held in enumerate(shape.virtual):
-            start, end = outline.first[rank], outline.last[rank]
-            fill.append(onward[held[start[1]]])
-            look = closely and rank == layout.pp // 2 and self.prices.is_even
-            work.append(self._work_s(passes, rank, branch, microbatches, outline.pairs[rank], closely=look))
-            drain.append(self._drain_s(end, held, onward, backward))
-        return np.array(fill), np.array(work), np.array(drain)
+        ends = [outline.last[rank] for rank in range(layout.pp)]
+        fill = onward[[held[start[1]] for held, start in zip(shape.virtual, outline.first, strict=True)]]
+        drain = np.array(
+            [self._drain_s(end, held, onward, backward) for end, held in zip(ends, shape.virtual, strict=True)]
+        )
+        return fill, self._work_s(passes, branch, outline, closely=closely and self.prices.is_even), drain
 
     @staticmethod
     def _drain_s(end: tuple[str, int], held: Sequence[int], onward: Floats, backward: Floats) -> Floats:
@@ -150,28 +147,21 @@ class Bounds:
             return np.asarray(onward[-1] - onward[held[end[1]] + 1])
         return backward[held[end[1]]] if end[0] in "BI" else np.zeros_like(backward[0])
 
-    def _work_s(
-        self,
-        passes: Passes,
-        rank: int,
-        branch: Branch,
-        microbatches: Floats,
-        pairs: tuple[float, float],
-        *,
-        closely: bool,
-    ) -> Floats:
-        stages = list(self.shape(branch.layout).virtual[rank])
-        if not self.training:
-            return np.asarray(microbatches * passes.forward[stages].sum(axis=0))
-        once = passes.forward[stages] + passes.any_backward[stages]
-        if branch.layout.copies == 1:
-            return np.asarray(microbatches * once.sum(axis=0))
-        paired = np.maximum(pairs[0] + pairs[1] * microbatches, 0.0)
-        pair = np.minimum(passes.pair_s(*stages), passes.pair_s(*stages[::-1]))
+    def _work_s(self, passes: Passes, branch: Branch, outline: Outline, *, closely: bool) -> Floats:
+        """[P, U]: `closely`: slots of two are looked at step by step on one rank."""
+        layout, microbatches = branch.layout, self.microbatches(branch)
+        held_PC = np.array(self.shape(layout).virtual)
+        once = passes.forward + passes.any_backward if self.training else passes.forward
+        if layout.copies == 1 or not self.training:
+            return np.asarray(microbatches * once[held_PC].sum(axis=1))
+        paired = np.array([np.maximum(a + b * microbatches, 0.0) for a, b in outline.pairs])
+        down, up = held_PC.T
+        pair = np.minimum(passes.pair_s(down, up), passes.pair_s(up, down))
         if closely:
+            rank = layout.pp // 2
             exact = [self.pairs.paths_s(branch, rank, *chunks, begin=0).max(axis=0) for chunks in ((0, 1), (1, 0))]
-            pair = np.maximum(pair, np.minimum(*exact))
-        return np.asarray(paired * pair + (microbatches - paired) * once.min(axis=0))
+            pair[rank] = np.maximum(pair[rank], np.minimum(*exact))
+        return np.asarray(paired * pair + (microbatches - paired) * once[held_PC].min(axis=1))
 
     @cached_property
     def pairs(self) -> Pairs:

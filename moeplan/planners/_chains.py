@@ -113,14 +113,19 @@ def _routed(cost: dict[str, Floats], x: Exchanges, parts: int) -> tuple[Floats, 
     """From the router's end to when all is back: parts go out one by one, are worked on, and come back one by one.
 
     The hottest place may come here before the last one, from which the time counts, and begin its shared branch sooner.
+    On the tensor stream a part's gather stands before the scatter of the part before it.
     """
     beside = np.where(cost["shared"] > 0, x.tensor + cost["shared"] + x.tensor, 0.0)
     free = np.where(cost["shared"] > 0, np.maximum(x.tensor + cost["shared"] - x.early, 0.0), 0.0)
-    ready = []
-    for part in range(parts):
-        there = (part + 1) * (x.dispatch if x.is_even else x.dispatch_hottest)
-        free = np.maximum(free, there + x.expert_tensor) + cost["experts"]
-        ready.append(free + x.expert_tensor)
+    there = x.dispatch if x.is_even else x.dispatch_hottest
+    ready, gathered = [], there + x.expert_tensor
+    wire = gathered
+    for part in range(1, parts + 1):
+        free = np.maximum(free, gathered) + cost["experts"]
+        if part < parts:
+            wire = gathered = np.maximum(wire, (part + 1) * there) + x.expert_tensor
+        wire = np.maximum(wire, free) + x.expert_tensor
+        ready.append(wire)
     back = parts * x.dispatch
     for out in ready:
         back = np.maximum(back, out) + x.combine

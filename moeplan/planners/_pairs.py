@@ -181,7 +181,7 @@ def _of_steps(
 
 def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> dict[int, tuple[list[int], Floats]]:
     """For each step that closes windows the steps that open them, and [windows, rows] the least seconds between."""
-    if not slot.windows or shares == (1.0, 1.0):
+    if not slot.windows or shares[:2] == (1.0, 1.0):
         return {}
     opens, closes, first, last = np.array(slot.windows).T
     streams = np.array(slot.streams)

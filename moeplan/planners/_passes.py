@@ -44,8 +44,8 @@ class Passes:
         """A whole backward pass, split or not."""
         return np.minimum(self.backward, self.input_gradient + self.weight_gradient)
 
-    def pair_s(self, forward: int, backward: int) -> Floats:
-        """[U]: at least a slot of F of one virtual stage and B of another: each chain, and all computation beside
+    def pair_s(self, forward: Ints, backward: Ints) -> Floats:
+        """[P, U]: at least a slot of F of one virtual stage and B of another: each chain, and all computation beside
         all exchanges.
         """
         alone = np.maximum(self.forward[forward], self.backward[backward])

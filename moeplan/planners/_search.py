@@ -18,7 +18,7 @@ from moeplan.domain.program import Floats
 from moeplan.errors import InfeasibleError
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
-from moeplan.planners._filled import filled
+from moeplan.planners._filled import Filled
 from moeplan.planners._places import best_placed, is_open
 from moeplan.planners._space import Branch, Space, no_layout
 from moeplan.planners._step import StepBounds
@@ -127,7 +127,7 @@ class Search:
     def __post_init__(self) -> None:
         if not self.space.branches:
             raise InfeasibleError(no_layout(self.space.scenario))
-        self.scenario = self.space.scenario
+        self.scenario, self.filled = self.space.scenario, Filled(self.space)
         self.exact = StepBounds(Bounds(self.scenario))
         """Of experts in blocks."""
         is_even = self.exact.bounds.prices.is_even
@@ -273,7 +273,7 @@ class Search:
         def pipeline_s(steps: StepBounds) -> Floats:
             return np.repeat(steps.bounds.pipeline_s(branch), prod(sizes[4:]))
 
-        share = _each(filled(self.space, branch, evened=self.places), branch)
+        share = _each(self.filled.share(branch, evened=self.places), branch)
         fits = share <= 1
         self.infeasible += int((~fits).sum())
         if not fits.all():
@@ -282,7 +282,7 @@ class Search:
             return
         spare, found = np.zeros(len(share), bool), pipeline_s(self.once)
         if self.places and branch.layout.ep > 1:
-            spare = fits & (_each(filled(self.space, branch, spare=True, evened=True), branch) <= 1)
+            spare = fits & (_each(self.filled.share(branch, spare=True, evened=True), branch) <= 1)
         if spare.any():
             found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
         weighed = _Weighed(branch, fits, spare)

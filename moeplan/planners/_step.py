@@ -6,7 +6,10 @@ D, E: the ZeRO stages listed for dense weights and for experts. U, P, V as in `_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,13 +42,28 @@ class Weights:
     expert_layers: Floats
 
 
+_REDUCTIONS = {0: 2.0, 1: 1.0}
+"""Once a step, by ZeRO stage: an all-reduce is two."""
+_SCATTERS = {2: 1.0, 3: 1.0}
+"""Behind each pass that makes gradients of weights."""
+_GATHERS = {1: 1.0, 2: 1.0}
+"""Once a step."""
+
+
+class Ends(NamedTuple):
+    """When a pipeline rank ends its last pass; begin, end and chunk of each that makes gradients of weights."""
+
+    end_s: float
+    gradients: tuple[tuple[float, float, int], ...]
+
+
 @dataclass
 class StepBounds:
     """Bounds of whole steps of the plans of a scenario."""
 
     bounds: Bounds
     _weights: dict[tuple[object, ...], Weights] = field(default_factory=dict)
-    _ends: dict[Plan, Floats] = field(default_factory=dict)
+    _ends: dict[Plan, list[Ends]] = field(default_factory=dict)
 
     def branch_s(self, branch: Branch) -> Floats:
         """[U, D, E]: at least the seconds of a step of every plan of a branch; arbitration cannot lower it."""
@@ -113,19 +131,18 @@ class StepBounds:
         """
         layout, shape = branch.layout, self.bounds.shape(branch.layout)
         outline, choices = outline_of(layout, True), self.bounds.scenario.choices
-        reduce_VDE, gather_VDE = self._sharding(branch, (0, 1)), self._sharding(branch, (1, 2), gather=True)
+        each_VDE, once_VDE = self._reduced(branch)
+        gather_VDE = self._sharding(branch, _GATHERS, "weights")
         pass_VDE = self._in_passes(branch)
         microbatches = self.bounds.microbatches(branch)
         update_PDE = self._update(branch)
         closing, occupied = [], []
         for rank, held in enumerate(shape.virtual):
             stages, last = list(held), held[outline.last[rank][1]]
-            exposed = reduce_VDE[last] - (
-                passes.any_backward[last][:, None, None] if choices.overlap_gradients else 0.0
-            )
-            behind = np.maximum(exposed, 0.0) + update_PDE[rank]
+            overlapping = each_VDE[last] + (once_VDE[last] if choices.overlap_gradients else 0.0)
+            behind = np.maximum(overlapping - passes.any_backward[last][:, None, None], 0.0) + update_PDE[rank]
             if not choices.overlap_gradients:
-                behind = behind + gather_VDE[stages].sum(axis=0)
+                behind = behind + once_VDE[last] + gather_VDE[stages].sum(axis=0)
             closing.append(behind)
             each = pass_VDE[stages].sum(axis=0) * microbatches[:, None, None] / layout.copies
             occupied.append(each + update_PDE[rank])
@@ -180,23 +197,20 @@ class StepBounds:
             expert.latency_s * weights.expert_layers + expert.per_byte_s * weights.expert * size,
         )
 
-    def _sharding(self, branch: Branch, stages: tuple[int, int], *, gather: bool = False) -> Floats:
-        """[V, 1, D, E]: of all gathers, or of all reductions (an all-reduce is two), once a step."""
-        dense_V, expert_V = self._exchanged_s(branch, "weights" if gather else "gradients")
-        times = {stages[0]: 1.0 if gather else 2.0, stages[1]: 1.0}
+    def _reduced(self, branch: Branch) -> tuple[Floats, Floats]:
+        """[V, 1, D, E]: reductions behind each pass that makes gradients of weights, and those once a step."""
+        return self._sharding(branch, _SCATTERS, "gradients"), self._sharding(branch, _REDUCTIONS, "gradients")
+
+    def _sharding(self, branch: Branch, times: Mapping[int, float], what: str) -> Floats:
+        """[V, 1, D, E]: seconds of so many gathers of weights, or scatters of gradients, by ZeRO stage."""
+        dense_V, expert_V = self._exchanged_s(branch, what)
         dense = np.array([times.get(zero, 0.0) for zero in branch.zero_dense])
         expert = np.array([times.get(zero, 0.0) for zero in branch.zero_expert])
         return np.asarray((dense_V[:, None, None] * dense[None, :, None] + expert_V[:, None, None] * expert)[:, None])
 
     def _in_passes(self, branch: Branch) -> Floats:
-        """[V, 1, D, E]: of each micro-batch: ZeRO 2 scatters once, ZeRO 3 also gathers twice."""
-        out = np.zeros((len(branch.layout.stages), 1, len(branch.zero_dense), len(branch.zero_expert)))
-        scatter, gather = self._exchanged_s(branch, "gradients"), self._exchanged_s(branch, "weights")
-        for d, zero in enumerate(branch.zero_dense):
-            out[:, 0, d, :] += ((zero >= 2) * scatter[0] + (zero == 3) * 2 * gather[0])[:, None]
-        for e, zero in enumerate(branch.zero_expert):
-            out[:, 0, :, e] += ((zero >= 2) * scatter[1] + (zero == 3) * 2 * gather[1])[:, None]
-        return out
+        """[V, 1, D, E]: of each micro-batch."""
+        return self._sharding(branch, _SCATTERS, "gradients") + self._sharding(branch, {3: 2.0}, "weights")
 
     def _update(self, branch: Branch) -> Floats:
         """[P, 1, D, E]: of the optimizer."""
@@ -225,13 +239,40 @@ class StepBounds:
             self._ends[key] = self._ends_s(plan, branch, passes)
         ends = self._ends[key]
         if not self.bounds.training:
-            return float(ends.max())
-        opening, closing, _ = self._once(branch, passes)
-        return float((ends + closing[:, 0, 0, 0]).max() + opening[0, 0, 0])
+            return max(end_s for end_s, _ in ends)
+        opening, _, _ = self._once(branch, passes)
+        return float(self._closed_s(branch, ends) + opening[0, 0, 0])
 
-    def _ends_s(self, plan: Plan, branch: Branch, passes: Passes) -> Floats:
-        """[P]: when each pipeline rank ends its last pass."""
-        shape = self.bounds.shape(branch.layout)
+    def _closed_s(self, branch: Branch, ends: list[Ends]) -> float:
+        """When the last rank has made its update.
+
+        The sharding stream reduces what a pass (under ZeRO 2 and 3) or all passes of a chunk together have left of
+        gradients, one after another, none before that pass or the chunk's last one begins (or, where gradients do not
+        overlap, ends).
+        """
+        overlaps = self.bounds.scenario.choices.overlap_gradients
+        each_V, once_V = (seconds[:, 0, 0, 0] for seconds in self._reduced(branch))
+        gather_V = self._sharding(branch, _GATHERS, "weights")[:, 0, 0, 0]
+        update_P = self._update(branch)[:, 0, 0, 0]
+        closed_s = 0.0
+        for (end_s, gradients), held, update_s in zip(ends, self._virtual(branch), update_P, strict=True):
+            last_s = {chunk: begin_s if overlaps else over_s for begin_s, over_s, chunk in gradients}
+            reduced_s = 0.0
+            for begin_s, _, chunk in gradients if each_V.any() else ():
+                reduced_s = max(reduced_s, begin_s) + each_V[held[chunk]]
+            for chunk, ready_s in sorted(last_s.items(), key=itemgetter(1)):
+                reduced_s = max(reduced_s, ready_s) + once_V[held[chunk]]
+            gathered_s = 0.0 if overlaps else sum(gather_V[v] for v in held)
+            closed_s = max(closed_s, float(max(end_s, reduced_s) + update_s + gathered_s))
+        return closed_s
+
+    def _virtual(self, branch: Branch) -> tuple[tuple[int, ...], ...]:
+        """[rank][chunk] the virtual stage."""
+        return self.bounds.shape(branch.layout).virtual
+
+    def _ends_s(self, plan: Plan, branch: Branch, passes: Passes) -> list[Ends]:
+        """Of each pipeline rank."""
+        virtual = self._virtual(branch)
         known: dict[tuple[int, int], Paths] = {}
 
         def pair_s(stage: int, slot: Slot) -> Paths:
@@ -248,13 +289,19 @@ class StepBounds:
                 }
                 for v in held
             ]
-            for held in shape.virtual
+            for held in virtual
         ]  # fmt: skip
+        every = orders(plan, self.bounds.scenario)
         times = finish_times(
-            orders(plan, self.bounds.scenario), virtual_stages=shape.virtual, durations_s=durations,
-            hop_s=float(passes.hop[0]), before_s=_before(passes), pair_s=pair_s if branch.layout.copies > 1 else None,
+            every, virtual_stages=virtual, durations_s=durations, hop_s=float(passes.hop[0]),
+            before_s=_before(passes), pair_s=pair_s if branch.layout.copies > 1 else None,
         )  # fmt: skip
-        return np.array([stage[-1] for stage in times.finish_s])
+        found = []
+        for order, start_s, finish_s in zip(every, times.start_s, times.finish_s, strict=True):
+            slots = zip(order, start_s, finish_s, strict=True)
+            gradients = ((begin_s, end_s, a.chunk) for slot, begin_s, end_s in slots for a in slot if a.kind in "BW")
+            found.append(Ends(finish_s[-1], tuple(gradients)))
+        return found
 
     def _pair_s(self, branch: Branch, passes: Passes, rank: int, forward: int) -> Paths:
         """From the beginning of F (chunk `forward`) and of B to the end of each, in one slot."""

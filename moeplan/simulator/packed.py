@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.cost.cost_model import Shares
-from moeplan.domain.program import Floats, Ints, Program, Stream
+from moeplan.domain.program import Floats, Ints, Phase, Program, Rendezvous, Stream
 
 YIELDING = ("gradients", "parameters")
 """Kinds of exchange that are cut into micro-ops and give way under `a2a_first`."""
@@ -174,7 +174,7 @@ def pack(program: Program, seconds_T: Floats, shares: Shares, first_T1: Ints, fo
     links = np.zeros(len(program.flows.capacity_bytes_per_s_K), LINK)
     links["capacity"] = program.flows.capacity_bytes_per_s_K
     world = np.zeros(1, WORLD)
-    world["compute_share"], world["exchange_share"] = shares
+    world["compute_share"], world["exchange_share"] = shares.compute, shares.exchange
     world["arbitration"] = ARBITRATIONS.index(program.arbitration)
     return Machine(
         tasks=_tasks(program, seconds_T, first_T1, slot_key), lanes=_lanes(len(program.lanes)), meetings=meetings,
@@ -270,10 +270,19 @@ class _Flat(NamedTuple):
 def _phases(program: Program, flat: _Flat) -> Rows:
     given = [phase for meeting in program.meetings for phase in meeting.phases]
     phases = np.zeros(len(given) + 1, PHASE)
-    phases["latency_s"][:-1] = [phase.latency_s for phase in given]
+    owners = [meeting for meeting in program.meetings for _ in meeting.phases]
+    phases["latency_s"][:-1] = [_latency_s(program, *each) for each in zip(owners, given, strict=True)]
     phases["copy_s_per_byte"][:-1] = [phase.copy_s_per_byte for phase in given]
     phases["entry"][1:] = np.cumsum(np.bincount(flat.phase_E, minlength=len(given)))
     return phases
+
+
+def _latency_s(program: Program, meeting: Rendezvous, phase: Phase) -> float:
+    """All of a phase's delay but the copies, of one of the micro-ops in which the exchange goes."""
+    exchange = program.exchanges[meeting.exchange]
+    is_cut = program.arbitration == "a2a_first" and exchange.kind in YIELDING
+    size = exchange.size_bytes / (max(1, ceil(exchange.size_bytes / program.micro_op_bytes)) if is_cut else 1)
+    return phase.delay_s(size) - phase.copy_s_per_byte * size if phase.host else phase.latency_s
 
 
 def _entries(program: Program, flat: _Flat, meetings: Rows, slots: Rows, slot_key: Ints) -> tuple[Rows, Ints]:

@@ -24,11 +24,13 @@ by what a process did before, not even by a rounding."""
 
 
 def simulate(
-    program: Program, cost_model: CostModel, *, noise: Noise | None = None, engine: Engine = "auto"
-) -> Timeline:
+    program: Program, cost_model: CostModel, *, noise: Noise | None = None, engine: Engine = "auto",
+    slowness_L: Floats | None = None,
+) -> Timeline:  # fmt: skip
     """When every task runs. The same program, costs and noise give the same timeline, to the last bit.
 
-    Both engines say the same but for rounding: `simpy` is written to be read, `compiled` to be fast, once it is loaded.
+    `slowness_L` are factors of each lane's kernels. Both engines say the same but for rounding: `simpy` is written to
+    be read, `compiled` to be fast, once it is loaded. Ranks that share processors take turns in the former alone.
     Raises SimulationError if tasks wait for one another, or if a conservation law is broken (a defect of moeplan).
     """
     costs = [cost_model.cost(work) for work in program.works]
@@ -39,7 +41,13 @@ def simulate(
     launch[compute] = np.array([cost.launch_s for cost in costs])[units]
     if noise is not None:
         seconds *= factors(program, noise)
-    is_compiled = engine == "compiled" or (engine == "auto" and len(program.tasks) >= COMPILED_FROM)
+    if slowness_L is not None:
+        seconds[compute] *= slowness_L[program.tasks.lane_T[compute]]
+    takes_turns = cost_model.shares.processors < program.num_gpus
+    if takes_turns and engine == "compiled":
+        raise SimulationError("engine 'compiled' knows no ranks that share processors; use auto or simpy")
+    is_large = engine == "auto" and len(program.tasks) >= COMPILED_FROM and not takes_turns
+    is_compiled = engine == "compiled" or is_large
     run = _by_compiled if is_compiled else _by_simpy
     timeline = _timeline(program, run(program, seconds, cost_model.shares), launch)
     _check(timeline, seconds, cost_model.shares)
@@ -95,7 +103,8 @@ def _check(timeline: Timeline, seconds_T: Floats, shares: Shares) -> None:
     _law((start[after] >= end[before] - slack).all(), "a task starts before what it waits for ends")
     spent, cost = (end - start)[compute], seconds_T[compute]
     _law((spent >= cost * (1 - _SLACK) - slack).all(), "a task takes less than its cost")
-    most = cost / shares.compute * (1 + _SLACK) + slack
+    turns = max(1.0, program.num_gpus / shares.processors)
+    most = cost / shares.compute * turns * (1 + _SLACK) + slack
     _law((spent <= most).all(), "a task takes more than its cost and what exchanges beside it may cost")
     away = np.flatnonzero(~compute)
     least_s_M = _alone_s(program)

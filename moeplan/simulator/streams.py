@@ -52,6 +52,9 @@ class Streams:
         self.arrived: list[dict[int, int]] = [{} for _ in program.meetings]
         self.running: list[dict[int, int]] = [{} for _ in program.meetings]
         self.computing: dict[int, _Kernels] = {}
+        self.num_ranks = [lane.multiplicity for lane in program.lanes]
+        self.takes_turns = shares.processors < program.num_gpus
+        self.changes_speeds = shares.compute < 1 or self.takes_turns
         self.speed = [1.0] * len(program.lanes)
         self.num_runs, self.is_due = 0, False
         self.gate = {"fair": _Fair, "fifo": _OneAtATime, "a2a_first": _ExpertFirst}[program.arbitration](self)
@@ -91,7 +94,7 @@ class Streams:
     def _settle(self, event: simpy.Event) -> None:
         self.is_due = False
         self.gate.decide()
-        if self.shares.compute < 1:
+        if self.changes_speeds:
             self._set_speeds()
         if self.shares.exchange < 1:
             is_computing = self.network.is_computing
@@ -99,8 +102,11 @@ class Streams:
             self.network.compute_changed(changed)
 
     def _set_speeds(self) -> None:
+        """Beside an exchange kernels are slower, and where more ranks compute than there are processors, all alike."""
+        num_computing = sum(self.num_ranks[lane] for lane in self.computing)
+        turn = min(1.0, self.shares.processors / max(1, num_computing))
         for lane, moving in enumerate(self.network.num_moving):
-            speed = self.shares.compute if moving else 1.0
+            speed = turn * (self.shares.compute if moving else 1.0)
             if self.speed[lane] != speed:
                 self.speed[lane] = speed
                 if lane in self.computing:
@@ -113,7 +119,7 @@ class Streams:
         lane = self.lane[task]
         self.computing[lane] = _Kernels(task, self.seconds[task], 1.0, self.env.now, 0)
         self._go_on(lane)
-        if self.shares.exchange < 1:
+        if self.shares.exchange < 1 or self.takes_turns:
             self.settle_later()
 
     def _go_on(self, lane: int) -> None:
@@ -135,7 +141,7 @@ class Streams:
         if kernels.version == version:
             self._advance(kernels)
             del self.computing[lane]
-            if self.shares.exchange < 1:
+            if self.shares.exchange < 1 or self.takes_turns:
                 self.settle_later()
             self._end(kernels.task)
 

@@ -31,6 +31,9 @@ DIMENSIONS = {
     "compute_share_beside_exchange": "share", "exchange_share_beside_compute": "share",
     "attention_efficiency": "share", "memory_efficiency": "share", "bandwidth": "B/s", "latency": "s",
     "efficiency": "share", "message_overhead": "s", "message_gap": "s", "capacity": "share",
+    "attention_backward_efficiency": "share", "fp8_gemm_efficiency": "share", "fp4_gemm_efficiency": "share",
+    "sustained_efficiency": "share", "sustained_fp8_efficiency": "share", "sustained_fp4_efficiency": "share",
+    "kernel_start": "s", "scaled_start": "s", "tile_start": "s", "attention_block": "s", "exchange_start": "s",
 } | {f"peak_{dtype}": "FLOP/s" for dtype in ("fp32", "tf32", "bf16", "fp16", "fp8", "fp4")}  # fmt: skip
 
 

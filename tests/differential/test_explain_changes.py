@@ -22,7 +22,7 @@ CHANGES: dict[str, dict[str, object]] = {
         "cluster.gpu.peak_fp8": "2176.9 TFLOP/s",
     },
     "message latency and overhead": {
-        "cluster.links.nvlink.latency": "900 ns",
+        "cluster.links.nvlink.latency": "405 ns",
         "cluster.links.pcie.latency": "450 ns",
         "cluster.nic.latency": "540 ns",
         "cluster.nic.message_overhead": "4.5 us",
@@ -70,11 +70,11 @@ def test_a_change_costs_what_simulating_and_planning_the_changed_scenario_say(na
 @pytest.mark.parametrize(
     ("constant", "less", "more"),
     [
-        ("cluster.gpu.gemm_efficiency", "70.2 %", "85.8 %"),
+        ("cluster.gpu.gemm_efficiency", "74.16 %", "90.64 %"),
         ("cluster.gpu.kernel_launch", "3.6 us", "4.4 us"),
         ("cluster.gpu.exchange_share_beside_compute", "90 %", None),
         ("cluster.nic.efficiency", "86.4 %", "100 %"),
-        ("cluster.links.nvlink.latency", "0.9 us", "1.1 us"),
+        ("cluster.links.nvlink.latency", "0.405 us", "0.495 us"),
     ],
 )
 def test_the_plan_and_its_rival_under_a_wrong_constant_are_simulated_as_by_hand(

@@ -121,10 +121,27 @@ def heads(x: Tensor, count: int) -> Tensor:
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, sink_H: Tensor | None = None
+) -> Tensor:
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return (scores.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    scores = scores.masked_fill(later if hidden is None else later | hidden, -torch.inf)
+    weight = scores.exp()
+    total = weight.sum(-1, keepdim=True) + (0 if sink_H is None else sink_H[:, None, None].float().exp())
+    return ((weight / total).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+def unseen(mixer: Attention, length: int) -> Tensor:
+    """Keys that a window or chunk hides, query by query."""
+    hidden = torch.zeros(length, length, dtype=torch.bool)
+    for query in range(length):
+        for key in range(query + 1):
+            hidden[query, key] = bool(
+                (mixer.window and query - key >= mixer.window)
+                or (mixer.chunk and query // mixer.chunk != key // mixer.chunk)
+            )
+    return hidden
 
 
 def grouped(mixer: Attention, w: dict[str, Tensor], x: Tensor, prefix: str) -> Tensor:
@@ -133,7 +150,7 @@ def grouped(mixer: Attention, w: dict[str, Tensor], x: Tensor, prefix: str) -> T
         mixer.num_kv_heads * mixer.head_dim,
         mixer.num_kv_heads * mixer.value_dim,
     )
-    q, k, v = nn.linear(x, w[f"{prefix}query_key_value"]).split(sizes, dim=-1)
+    q, k, v = nn.linear(x, w[f"{prefix}query_key_value"], w.get(f"{prefix}query_key_value_bias")).split(sizes, dim=-1)
     q, k, v = heads(q, mixer.num_heads), heads(k, mixer.num_kv_heads), heads(v, mixer.num_kv_heads)
     if mixer.qk_norm == "head":
         q, k = (
@@ -144,7 +161,8 @@ def grouped(mixer: Attention, w: dict[str, Tensor], x: Tensor, prefix: str) -> T
         q, k = rotary(q), rotary(k)
     times = mixer.num_heads // mixer.num_kv_heads
     k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
-    return nn.linear(softmax_attention(q, k, v), w[f"{prefix}output"])
+    out = softmax_attention(q, k, v, unseen(mixer, x.shape[1]), w.get(f"{prefix}sinks"))
+    return nn.linear(out, w[f"{prefix}output"])
 
 
 def latent(mixer: LatentAttention, w: dict[str, Tensor], x: Tensor, prefix: str) -> Tensor:

@@ -17,6 +17,7 @@ from _reference import Reference, given_experts, run_on_one_device
 
 from moeplan import catalogue
 from moeplan.compiler.compile_plan import compile_plan
+from moeplan.compiler.tokens import token_numbers_T
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Stream
 from moeplan.domain.scenario import Scenario
@@ -47,6 +48,9 @@ CASES: list[Case] = [
     ("one rank", 1, ONE, {}),
     ("one rank, recomputed", 1, {**ONE, "recompute": "full", "micro_batch": 2}, {}),
     ("latent attention, shared expert, layer norm, dense", 1, {"stages": (3,)}, {"model": "mixed"}),
+    ("window, chunk, sinks and biases", 1, {"stages": (3,)}, {"model": "seeing"}),
+    ("window, chunk, sinks and biases, cp", 2, {"stages": (3,), "dp": 1, "cp": 2}, {"model": "seeing"}),
+    ("window, chunk, sinks and biases, tp", 2, {"stages": (3,), "dp": 1, "tp": 2, "ep": 2}, {"model": "seeing"}),
     ("dp", 2, {**ONE, "dp": 2, "zero_dense": 0, "zero_expert": 0}, {}),
     ("ep", 2, {**ONE, "dp": 2, "ep": 2}, {}),
     ("ep, zipf", 2, {**ONE, "dp": 2, "ep": 2}, ZIPF),
@@ -101,6 +105,13 @@ CASES: list[Case] = [
         (f"{name} among nodes", 4, {**ONE, "dp": 4, "ep": 4, "all_to_all": name}, NODES)
         for name in ("two_stage", "two_dh", "rail_aligned", "leader_gather", "grouped_pairwise", "scheduled", "ring")
     ),
+    ("node_dedup among nodes", 4, {**ONE, "dp": 4, "ep": 4, "all_to_all": "node_dedup"}, NODES),
+    ("node_dedup, zipf, zero 3, recomputed", 4, {**ONE, "dp": 4, "ep": 4, "all_to_all": "node_dedup", "zero_dense": 3,
+     "recompute": "full"}, NODES | ZIPF),
+    ("node_dedup, pad, replicas", 4, {**ONE, "dp": 4, "ep": 4, "all_to_all": "node_dedup", "placement": SPREAD,
+     "capacity": {"rule": "pad", "factor": 1.25}}, NODES),
+    ("node_dedup, drop, tp and etp", 8, {**ONE, "dp": 4, "tp": 2, "ep": 4, "etp": 2, "all_to_all": "node_dedup",
+     "capacity": {"rule": "drop", "factor": 1.0}}, NODES_OF_4),
     *((f"{name} in a node", 4, {**ONE, "dp": 4, "ep": 4, "all_to_all": name}, {}) for name in (
         "pairwise_rounds", "ring", "scheduled",
     )),
@@ -124,6 +135,17 @@ MIXED = {
         {"mixer": "plain", "feed_forward": "experts"},
     ],
 }  # fmt: skip
+SEEING = {
+    "hidden_size": 64, "vocab_size": 96,
+    "parts": {
+        "window": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "window": 5, "sinks": True},
+        "chunk": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "chunk": 4, "qkv_bias": True},
+        "sinks": {"kind": "attention", "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "sinks": True,
+                  "qkv_bias": True},
+        "experts": {"kind": "experts", "num_experts": 8, "top_k": 2, "width": 32},
+    },
+    "layers": [{"mixer": name, "feed_forward": "experts"} for name in ("window", "chunk", "sinks")],
+}  # fmt: skip
 SMALL = {
     "hidden_size": 64, "vocab_size": 128,
     "parts": {
@@ -139,8 +161,11 @@ def scenario(number: int) -> Scenario:
     _, world, _, changes = CASES[number]
     cluster = {"cluster": changes["cluster"]} if "cluster" in changes else {"cluster.gpus_per_node": world}
     document = dict(catalogue.document("tiny-moe-2-ranks", cluster))
-    model = MIXED if changes.get("model") == "mixed" else SMALL
-    document |= {"model": model, "routing": {"router": "multinomial"}, **changes.get("with", {})}
+    document |= {
+        "model": {"mixed": MIXED, "seeing": SEEING}.get(changes.get("model", ""), SMALL),
+        "routing": {"router": "multinomial"},
+        **changes.get("with", {}),
+    }
     document["workload"] = {"phase": "train", "global_batch": GLOBAL_BATCH, "sequence": SEQUENCE}
     return catalogue.load(document)
 
@@ -249,7 +274,29 @@ def test_the_bytes_that_are_sent_are_those_predicted(number: int, executed: Run)
         slack = (
             0 if is_whole or exchange.kind not in ("dispatch", "combine", "expert_tensor") else times[key[0]] * 8 * row
         )
-        assert sent.get(key, 0) == pytest.approx(size, rel=1e-9, abs=slack), (exchange.kind, key)
+        # How many tokens meet in a node is a matter of chance, of which the program has the mean.
+        close = 0.3 if exchange.reach_GB is not None else 1e-9
+        assert sent.get(key, 0) == pytest.approx(size, rel=close, abs=slack), (exchange.kind, key)
+
+
+def test_one_copy_of_each_token_goes_to_a_node_and_a_number_for_each_choice(executed: Run) -> None:
+    """To the rank of the same index, in the dispatch of both passes; forward with the weights."""
+    number = next(at for at, case in enumerate(CASES) if case[0] == "node_dedup among nodes")
+    found, row = executed(number), 4 * SMALL["hidden_size"]
+    program, chosen, wanted = found.timeline.program, given_experts(plan(number), scenario(number)), np.zeros(4, int)
+    for rank in range(4):
+        for microbatch in range(found.plan.num_microbatches(GLOBAL_BATCH)):
+            tokens = token_numbers_T(found.plan, found.scenario, position=rank, microbatch=microbatch)
+            for _, kept_NK in chosen:
+                is_away = kept_NK[tokens] // 4 != rank // 2
+                wanted[rank] += 2 * row * is_away.any(axis=1).sum() + 4 * is_away.sum()
+    sent = np.zeros(4, int)
+    for task, target, size in found.sent_bytes.tolist():
+        source = int(program.tasks.lane_T[task])
+        if program.kind(task) == "dispatch" and target // 2 != source // 2:
+            assert target % 2 == source % 2
+            sent[source] += size
+    assert (sent == wanted).all()
 
 
 def exchange_of(found: Execution, task: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -100,8 +102,8 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_task(own_folder: Path) 
 
 def test_a_rank_that_hangs_ends_the_run_with_its_name_and_task(own_folder: Path) -> None:
     said, took_s = run_and(own_folder, lambda ranks: os.kill(ranks[0], signal.SIGSTOP), patience_s=3.0)
-    assert "stands still for 3 s in task" in said
-    assert "layer" in said
+    # Where it is stopped is chance: in most cases in a task, seldom between two.
+    assert re.search(r"stands still for 3 s in (task \d+ \(\w+, (forward|backward|step)|between two tasks)", said)
     assert took_s < MOST_S
     assert launch.PATIENCE_S < MOST_S
 
@@ -241,6 +243,36 @@ def test_a_plan_of_another_size_is_refused() -> None:
         mp.execute(given, plan(given, dp=4), device="cpu")
 
 
+@pytest.mark.usefixtures("no_process")
+def test_what_the_gpu_or_its_library_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    given = tiny()
+    half = plan(given, precision={})
+    with pytest.raises(ExecutionError, match="precision bf16: this GPU has none; use fp32"):
+        mp.execute(given, half, device="cuda")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(ExecutionError, match="built without NCCL; install one with it, or use device cpu"):
+        mp.execute(given, half, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ExecutionError, match="2 ranks, but this machine has 1 GPUs; use torchrun"):
+        mp.execute(given, half, device="cuda")
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_plan_of_an_older_schema_is_refused(tmp_path: Path) -> None:
+    given = tiny()
+    (tmp_path / "plan.json").write_text(
+        json.dumps(plan(given).model_dump(mode="json", by_alias=True) | {"schema": "moeplan.plan/v0"})
+    )
+    with pytest.raises(mp.MoeplanError, match=r"moeplan\.plan/v0"):
+        mp.execute(given, tmp_path / "plan.json", device="cpu")
+
+
 # ---- other ways in
 
 
@@ -256,33 +288,53 @@ def test_the_command_prints_one_document_and_writes_a_trace(tmp_path: Path) -> N
     assert json.loads(trace.read_text())["otherData"]["source"] == "measured"
 
 
-def test_a_launch_that_is_there_already_is_joined(tmp_path: Path) -> None:
-    """As torchrun sets it up: ranks, their number, and where to meet, in the environment."""
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
     given = tiny()
     document = {"scenario": given.document, "plan": plan(given).model_dump(mode="json", by_alias=True)}
     (tmp_path / "plan.json").write_text(json.dumps(document))
-    (tmp_path / "scenario.json").write_text(json.dumps(given.document))
-    import socket
+    return tmp_path / "plan.json"
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [str(tmp_path / "plan.json"), "--plan", str(tmp_path / "plan.json"), "--steps", "2", "--device", "cpu"]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "moeplan.executor.worker", *words, "--folder", str(tmp_path / "run")],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert len(json.loads(said[0][0])["losses"]) == 2
-    wrong = subprocess.run(
-        [sys.executable, "-m", "moeplan.executor.worker", *words, "--folder", str(tmp_path / "other")],
-        env=os.environ | {"RANK": "0", "WORLD_SIZE": "3"}, capture_output=True, text=True, check=False,
+
+def worker_words(plan_file: Path) -> list[str]:
+    folder = str(plan_file.parent / "run")
+    return ["moeplan.executor.worker", str(plan_file), "--plan", str(plan_file), "--steps", "2", "--device", "cpu",
+            "--folder", folder]  # fmt: skip
+
+
+def in_launch(plan_file: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A rank of a launch that is not ours."""
+    return subprocess.run(
+        [sys.executable, "-m", *worker_words(plan_file)], env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"} | env,
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
+
+
+def test_a_launch_of_torchrun_is_joined(plan_file: Path) -> None:
+    launch_words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch_words, *worker_words(plan_file)],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["losses"]) == 2
+    assert found["sent_bytes"]["dispatch"] > 0
+
+
+def test_a_launch_of_another_size_is_refused(plan_file: Path) -> None:
+    wrong = in_launch(plan_file, RANK="0", WORLD_SIZE="3")
     assert wrong.returncode == 2
     assert "the plan has 2 ranks, but the launch has WORLD_SIZE 3" in wrong.stderr
+
+
+def test_a_port_in_use_is_named(plan_file: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = in_launch(plan_file, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 2
+    assert f"ranks cannot meet at 127.0.0.1:{port}" in done.stderr
+    assert "use another port (torchrun --standalone finds a free one)" in done.stderr

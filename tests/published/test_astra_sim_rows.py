@@ -25,7 +25,7 @@ def switch(npus: int, bandwidth: str, latency: str) -> Cluster:
     changes = {
         "cluster.nodes": 1, "cluster.gpus_per_node": npus, "cluster.nic.per_node": npus,
         "cluster.links.nvlink.bandwidth": bandwidth, "cluster.links.nvlink.latency": latency,
-        "cluster.links.nvlink.efficiency": "100 %",
+        "cluster.links.nvlink.efficiency": "100 %", "cluster.gpu.exchange_start": "0.001 ns",
     }  # fmt: skip
     return catalogue.load("mixtral-8x7b-64xh100", changes=changes).cluster
 

@@ -1,7 +1,8 @@
 """Exchanges that are alone on the wires take latency + bytes / bandwidth, as the papers' formulas have it.
 
-Figures of the machine are written out here: NVLink 0.71 x 450 GB/s and 1 us a crossing (two from GPU to GPU), network
-cards 0.96 x 50 GB/s, 5 us for each message, and 1 us for which it keeps the card busy beyond its bytes.
+Figures of the machine are written out here: NVLink 0.70 x 450 GB/s and 0.45 us a crossing (two from GPU to GPU),
+network cards 0.96 x 50 GB/s, 5 us for each message, and 1 us for which it keeps the card busy beyond its bytes; every
+exchange starts in 9 us.
 """
 
 from functools import lru_cache
@@ -19,8 +20,8 @@ from moeplan.domain.program import Exchange
 from moeplan.domain.scenario import Scenario
 from moeplan.simulator.simulate import simulate
 
-NVLINK, NIC = 0.71 * 450e9, 0.96 * 50e9
-INSIDE_S, MESSAGE_S, GAP_S = 2e-6, 5e-6, 1e-6
+NVLINK, NIC = 0.70 * 450e9, 0.96 * 50e9
+START_S, INSIDE_S, MESSAGE_S, GAP_S = 9e-6, 0.9e-6, 5e-6, 1e-6
 ONE = {"stages": (4,), "overlap_gradients": False}
 
 
@@ -45,7 +46,7 @@ def alone(given: Scenario, kind: str, **options: Any) -> list[tuple[Exchange, fl
 
 def check(found: list[tuple[Exchange, float]], latency_s: float, seconds_per_byte: float) -> None:
     for exchange, seconds in found:
-        assert seconds == pytest.approx(latency_s + exchange.size_bytes * seconds_per_byte, rel=1e-9)
+        assert seconds == pytest.approx(START_S + latency_s + exchange.size_bytes * seconds_per_byte, rel=1e-9)
 
 
 def between_s(cluster: Cluster, groups: np.ndarray) -> float:
@@ -152,4 +153,4 @@ def test_software_overhead_counts_inside_a_node_where_the_wire_has_one() -> None
     found = alone(given, "dispatch", dp=2, ep=2, stages=(4,), precision=fp32, zero_dense=0, zero_expert=0)
     pairs = found[0][0].share_GG
     busiest = 0.5 if pairs is None else float((pairs * (1 - np.eye(2))).max())
-    check(found[:1], 2e-6 + 59e-6, busiest / 2e9)
+    check(found[:1], 2e-6 + 59e-6 - START_S, busiest / 2e9)

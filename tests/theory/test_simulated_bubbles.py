@@ -29,9 +29,11 @@ SIZES = [
 
 
 def without_wires(cluster: Cluster) -> Cluster:
-    """The same cluster with links of 1e30 bytes/s and no latency."""
+    """The same cluster with links of 1e30 bytes/s and no latency, on which an exchange starts at once."""
+    gpu = replace(cluster.gpu, exchange_start_s=0.0)
     return replace(
         cluster,
+        spec=cluster.spec.model_copy(update={"gpu": gpu}),
         bandwidth_bytes_per_s_K=np.full_like(cluster.bandwidth_bytes_per_s_K, 1e30),
         latency_s_K=np.zeros_like(cluster.latency_s_K),
     )

@@ -144,7 +144,7 @@ def test_flags_change_a_scenario_that_is_named() -> None:
         (["what-if", SMALL, "nodez=1"], "nodez"),
         (["list", "modelz"], "did you mean 'models'"),
         (["show", "mixtral-8x7c"], "did you mean 'mixtral-8x7b'"),
-        (["show", "h100"], "did you mean 'h100-sxm'"),
+        (["show", "h100"], "did you mean 'h100-"),
         (["sources", "mixtral-8x7c"], "did you mean 'mixtral-8x7b'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -130,6 +130,30 @@ def test_a_wrong_request_says_what_helps(keywords: dict[str, Any], says: str) ->
         mp.place(load=COUNTS, **keywords)
 
 
+@pytest.mark.parametrize(
+    ("load", "says"),
+    [
+        ([[1, 2, 3], [4, 5]], "load: is no table of numbers; give rows of one length"),
+        ([["a", "b"]], "load: is no table of numbers"),
+        (-COUNTS, "0 or more"),
+        (COUNTS * np.nan, "finite"),
+        (COUNTS * 0, "not all 0"),
+        (COUNTS * [[1], [0]], "not all 0"),
+        (COUNTS[:0], r"shape \(0, 8\)"),
+        (COUNTS[0], r"shape \(8,\)"),
+    ],
+)
+def test_counts_that_are_none_are_one_line_that_says_what_helps(load: Any, says: str) -> None:
+    with pytest.raises(mp.PlanError, match=says) as caught:
+        mp.place(load=load, gpus=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_replicas_that_a_gpu_has_no_memory_for_are_refused_with_how_many_it_has() -> None:
+    with pytest.raises(mp.InfeasibleError, match=r"slots: 64 replicas of 58 layers .*; use at most \d+ a GPU"):
+        mp.place("deepseek-v3-decode-128xh800", slots=512, placer="block", gpus=8)
+
+
 def test_a_scenario_places_its_own_routing_by_its_topology() -> None:
     changes = {"routing.skew": 0.9, "choose.ep": 4}
     found = mp.place(mp.load("small-two-nodes", changes), slots=16, objective="makespan", split="optimal")
@@ -174,12 +198,13 @@ def test_tokens_that_choose_together_are_sent_to_few_nodes(tmp_path: Path) -> No
         ({"gpus": 8, "gpus_per_node": 3}, "nodes of 3"),
         ({"gpus": 8, "gpus_per_node": 2, "slots": 20}, "without replicas"),
         ({"gpus": 8, "gpus_per_node": 2, "objective": "visit"}, "did you mean 'visits'"),
+        ({"gpus": 8, "gpus_per_node": 2, "load": [[[0, 1]], [[0]]]}, "load: is no table of numbers"),
     ],
 )
 def test_a_wrong_request_for_visits_says_what_helps(keywords: dict[str, Any], says: str) -> None:
     ids_NLK = np.arange(32).reshape(8, 1, 4) % 16
     with pytest.raises(mp.PlanError, match=says):
-        mp.place(load=ids_NLK, **({"objective": "visits"} | keywords))
+        mp.place(**({"load": ids_NLK, "objective": "visits"} | keywords))
 
 
 def test_no_gpu_is_the_fullest_in_every_layer() -> None:

@@ -168,6 +168,14 @@ IDS = np.zeros((8, 2, 2), np.int64) + np.arange(2)
         (drifting(), {"threshold": float("nan")}, "threshold: nan"),
         (drifting(), {"max_moves": -1}, "max_moves: -1"),
         (drifting(), {"window": 0}, "window: 0 steps"),
+        (drifting(), {"horizon": 0}, "horizon: 0 steps"),
+        (drifting(), {"move_cost": -1.0}, "move_cost: -1.0"),
+        (drifting(), {"move_cost": float("inf")}, "move_cost: inf"),
+        (
+            drifting(experts=8),
+            {"move_cost": 0.1, "scenario": "small-two-nodes", "slots": 8},
+            "move_cost: has no effect",
+        ),
         (drifting(), {"experts": 8}, "experts: has no effect on counts"),
         (drifting(), {"time_limit_s": 0.0}, "time limit"),
         (drifting(), {"slots": 7}, "slots: 7"),
@@ -232,6 +240,19 @@ def test_the_command_prints_a_table_or_one_document_and_draws(tmp_path: Path) ->
     assert [each["policy"] for each in json.loads(document)["policies"]] == ["static"]
 
 
+def test_the_command_tells_payback_how_long_steps_pay_and_what_a_move_costs(tmp_path: Path) -> None:
+    path = written(tmp_path, counts=drifting())
+    words = ["--routing-trace", str(path), "--gpus", "4", "--slots", "10", "--policy", "payback", "--json"]
+    moves = {}
+    for horizon, move_cost in (("50", "0"), ("1", "9")):
+        status, document = run(*words, "--horizon", horizon, "--move-cost", move_cost)
+        assert status == 0, document
+        (found,) = json.loads(document)["policies"]
+        assert found["options"] == {"horizon": int(horizon), "move_cost": float(move_cost)}
+        moves[horizon] = found["moves"]
+    assert moves["50"] > moves["1"] == 0
+
+
 def test_with_a_scenario_the_command_says_seconds(tmp_path: Path) -> None:
     path = written(tmp_path, counts=drifting(sources=2))
     status, table = run("small-two-nodes", "--routing-trace", str(path), "--gpus", "4", "--slots", "12")
@@ -244,6 +265,8 @@ def test_with_a_scenario_the_command_says_seconds(tmp_path: Path) -> None:
     [
         (["--policy", "static"], "--policy: has no effect without --routing-trace"),
         (["--batch-tokens", "9"], "--batch-tokens: has no effect without --routing-trace"),
+        (["--horizon", "9"], "--horizon: has no effect without --routing-trace"),
+        (["--move-cost", "0.1"], "--move-cost: has no effect without --routing-trace"),
         (["--plot", "a.png"], "--plot: has no effect without --routing-trace"),
         (["--routing-trace", "t.npz", "--load", "l.npz"], "--load: has no effect with --routing-trace"),
         (["--routing-trace", "t.npz", "--objective", "balance"], "--objective: has no effect with --routing-trace"),

@@ -1,0 +1,82 @@
+"""The verbs that hold predictions against devices: calibrate and validate."""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeplan import api
+from moeplan.api import Progress, Source
+from moeplan.domain.plan import Plan
+from moeplan.domain.result import PlanResult
+from moeplan.domain.scenario import Scenario
+from moeplan.errors import MoeplanError
+
+if TYPE_CHECKING:
+    from moeplan.validator.calibrate import Calibration
+    from moeplan.validator.validate import Validation
+
+
+def calibrate(
+    out: str | PathLike[str],
+    scenario: Source = "tiny-moe-2-ranks",
+    *,
+    quick: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Calibration:
+    """This machine's devices, measured into the cost model `out`, which extends the sheet of the scenario's.
+
+    It takes about ten minutes, or two if it is to be quick. Raises ExecutionError where nothing can be run.
+    """
+    from moeplan.validator import calibrate as calibrator
+    from moeplan.validator import sheet
+
+    path = Path(fspath(out))
+    sheet.check_target(path)
+    found = calibrator.calibrate(api.load(scenario), quick=quick, device=device, progress=progress)
+    sheet.write(found, path)
+    return found
+
+
+def with_cost_model(scenario: Scenario, cost_model: str | PathLike[str] | None) -> Scenario:
+    """The scenario with another sheet for its devices: a name of the catalogue, or a file."""
+    return scenario if cost_model is None else api.load(scenario, {"cluster.gpu": fspath(cost_model)})
+
+
+def validate(
+    scenario: Source,
+    plan: Plan | PlanResult | str | PathLike[str] | None = None,
+    *,
+    cost_model: str | PathLike[str] | None = None,
+    candidates: int = 1,
+    launches: int = 3,
+    steps: int = 12,
+    device: str = "auto",
+    seed: int = 0,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> list[Validation]:
+    """The plan (without one, the best; then also `candidates` - 1 of those behind it) simulated, executed and joined.
+
+    The first is the chosen plan's. Raises ExecutionError, before a process starts, for what cannot be run.
+    """
+    if candidates < 1 or launches < 1:
+        raise MoeplanError(f"candidates: {candidates}, launches: {launches}; use 1 or more of each")
+    if plan is not None and candidates > 1:
+        raise MoeplanError("candidates: a given plan has no runners-up; leave out the plan, or candidates")
+    problem = with_cost_model(api.load(scenario), cost_model)
+    from moeplan.validator import validate as validator
+
+    plans = [api.plan_of(plan)] if plan is not None else _best(problem, candidates, progress)
+    return validator.validate(
+        problem, plans, launches=launches, steps=steps, device=device, seed=seed, tolerance=tolerance, progress=progress
+    )
+
+
+def _best(problem: Scenario, count: int, progress: Progress | None) -> list[Plan]:
+    from moeplan.validator.validate import candidates
+
+    result = api.plan(problem, progress=progress)
+    return candidates(problem, [result.plan, *(each.plan for each in result.runners_up)], count)
