@@ -56,6 +56,14 @@ class _Entry:
     what: object = field(compare=False)
 
 
+@dataclass(order=True, slots=True)
+class _Later:
+    """A plan by the step that it is likely to take."""
+
+    likely_s: float
+    entry: _Entry
+
+
 @dataclass(frozen=True, slots=True)
 class _Weighed:
     """A branch, of whose plans some fit."""
@@ -110,14 +118,18 @@ class Search:
     smallest: tuple[float, Plan] | None = None
     """Share of the usable memory, and the plan that needs least."""
     front_s: float = 0.0
+    _later_s: float = inf
+    """The least bound of what was left for later."""
     placed_s: float = np.inf
     """The least bound of the plans whose experts were placed: they might stand better still."""
     proven: bool = False
     simulated_tasks: int = 0
     looked_at: int = 0
     _queue: list[_Entry] = field(default_factory=list)
-    _later: list[_Entry] = field(default_factory=list)
-    """Plans that differ little from simulated ones that are not good."""
+    _later: list[_Later] = field(default_factory=list)
+    """Plans that are not likely to be the best."""
+    _over: dict[tuple[object, ...], float] = field(default_factory=dict)
+    """By how much the steps of plans of one family are over their bounds, at least."""
     _unfit: list[tuple[float, int, _Weighed]] = field(default_factory=list)
     """Branches with plans that do not fit, by the least that a pipeline of those takes."""
     _known_s: dict[Plan, float] = field(default_factory=dict)
@@ -152,14 +164,13 @@ class Search:
         self._bound_branches()
         while self._queue or self._later:
             ahead = self._queue and (not self._later or not self._is_enough(self._queue[0].bound_s))
-            self.front_s = min(heap[0].bound_s for heap in (self._queue, self._later) if heap)
+            self.front_s = min(inf if not self._queue else self._queue[0].bound_s, self._later_s)
             if self._is_enough(self.front_s) or self._is_over(started):
                 break
             if ahead:
                 self._advance(heapq.heappop(self._queue))
             else:
-                entry = heapq.heappop(self._later)
-                self.simulate(_plan_of(entry), entry.bound_s)
+                self._take(heapq.heappop(self._later).entry)
         else:
             self.front_s = np.inf
         if self.best is None:
@@ -173,7 +184,7 @@ class Search:
         """Plans that were not simulated and may be faster than the best found: all of a branch that was not opened."""
         assert self.best is not None
         total = 0
-        for entry in (*self._queue, *self._later):
+        for entry in (*self._queue, *(each.entry for each in self._later)):
             if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
                 if isinstance(entry.what, Branch):
                     total += prod(len(values) for values in entry.what.lists)
@@ -227,17 +238,26 @@ class Search:
             self._next_plan(entry.what)
         else:
             assert isinstance(entry.what, Plan)
-            if self._is_promising(entry.what):
+            likely_s = entry.bound_s * self._over.get(_family(entry.what), 1.0)
+            if self._is_promising(entry.what, likely_s):
                 self.simulate(entry.what, entry.bound_s)
             else:
-                heapq.heappush(self._later, entry)
+                heapq.heappush(self._later, _Later(likely_s, entry))
+                self._later_s = min(self._later_s, entry.bound_s)
 
-    def _is_promising(self, plan: Plan) -> bool:
-        """Whether plans that differ in what seldom counts are not simulated yet, and those of other ZeRO stages are not
-        far from the best.
+    def _take(self, entry: _Entry) -> None:
+        """A plan that was left for later and has been taken out."""
+        self._later_s = min((each.entry.bound_s for each in self._later), default=inf)
+        self.simulate(_plan_of(entry), entry.bound_s)
+
+    def _is_promising(self, plan: Plan, likely_s: float) -> bool:
+        """Whether it is likely to be better than the best, plans that differ in what seldom counts are not simulated
+        yet, and those of other ZeRO stages are not far from the best.
         """
         if self.best is None:
             return True
+        if likely_s >= self.best.step_s:
+            return False
         far_s = self.best.step_s * (1 + _FAR)
         return _but_for(plan, _SELDOM) not in self._known_s and self._known_s.get(_but_for(plan, _OFTEN), 0.0) <= far_s
 
@@ -245,11 +265,11 @@ class Search:
         """What was left for later of the plans that differ from the best in what seldom counts."""
         assert self.best is not None
         alike = _but_for(self.best.plan, _SELDOM)
-        chosen = [entry for entry in sorted(self._later) if _but_for(_plan_of(entry), _SELDOM) == alike]
-        for entry in chosen:
-            if entry.bound_s < self.best.step_s:
-                self._later.remove(entry)
-                self.simulate(_plan_of(entry), entry.bound_s)
+        chosen = [each for each in sorted(self._later) if _but_for(_plan_of(each.entry), _SELDOM) == alike]
+        for each in chosen:
+            if each.entry.bound_s < self.best.step_s:
+                self._later.remove(each)
+                self._take(each.entry)
         heapq.heapify(self._later)
 
     @property
@@ -358,6 +378,8 @@ class Search:
         for fields in (_SELDOM, _OFTEN):
             alike = _but_for(plan, fields)
             self._known_s[alike] = min(found.step_s, self._known_s.get(alike, np.inf))
+        family, over = _family(plan), found.step_s / bound_s if bound_s else 1.0
+        self._over[family] = min(over, self._over.get(family, np.inf))
         if self.best is None or found.step_s < self.best.step_s:
             self.best = found
         if self.progress is not None:
@@ -372,6 +394,11 @@ def _each(table: Floats, branch: Branch) -> Floats:
 def _plan_of(entry: _Entry) -> Plan:
     assert isinstance(entry.what, Plan)
     return entry.what
+
+
+def _family(plan: Plan) -> tuple[object, ...]:
+    """What makes bounds loose: plans of one family are about as far above theirs."""
+    return plan.schedule, plan.overlap_degree
 
 
 def _but_for(plan: Plan, fields: Mapping[str, object]) -> Plan:
