@@ -20,12 +20,12 @@ from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
 from moeplan.planners._filled import Filled
 from moeplan.planners._places import best_placed, is_open
+from moeplan.planners._queue import Entry, Flags, Later, Opened, Weighed
 from moeplan.planners._space import Branch, Space, no_layout
 from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
 
 Progress = Callable[[str, float, float], None]
-Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 _PATIENCE = 5
 """Times the time limit that the search goes on for as long as it has no plan at all."""
 _ROUNDING = 1e-9
@@ -43,46 +43,6 @@ _UNFIT = 20
 """Branches in which the fastest plan that does not fit is looked for."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
-
-
-@dataclass(order=True, slots=True)
-class _Entry:
-    """A branch not yet opened, an opened one (by its best plan left), or a plan with a closer bound."""
-
-    bound_s: float
-    number: int
-    rank: int = field(compare=False)
-    """0: branch at a glance, 1: branch by its pipeline, 2: by those of its plans that fit, 3: opened, 4: plan."""
-    what: object = field(compare=False)
-
-
-@dataclass(order=True, slots=True)
-class _Later:
-    """A plan by the step that it is likely to take."""
-
-    likely_s: float
-    entry: _Entry
-
-
-@dataclass(frozen=True, slots=True)
-class _Weighed:
-    """A branch, of whose plans some fit."""
-
-    branch: Branch
-    fits: Flags
-    spare: Flags
-    """Which have room for replicas."""
-
-
-@dataclass(slots=True)
-class _Opened:
-    """The plans of a branch in the order of their bounds."""
-
-    branch: Branch
-    bounds_s: Floats
-    order: np.ndarray[tuple[int], np.dtype[np.int64]]
-    spare: Flags
-    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +78,16 @@ class Search:
     smallest: tuple[float, Plan] | None = None
     """Share of the usable memory, and the plan that needs least."""
     front_s: float = 0.0
-    _later_s: float = inf
-    """The least bound of what was left for later."""
     placed_s: float = np.inf
     """The least bound of the plans whose experts were placed: they might stand better still."""
     proven: bool = False
     simulated_tasks: int = 0
     looked_at: int = 0
-    _queue: list[_Entry] = field(default_factory=list)
-    _later: list[_Later] = field(default_factory=list)
-    """Plans that are not likely to be the best."""
+    _queue: list[Entry] = field(default_factory=list)
+    _later: Later = field(default_factory=Later)
     _over: dict[tuple[object, ...], float] = field(default_factory=dict)
     """By how much the steps of plans of one family are over their bounds, at least."""
-    _unfit: list[tuple[float, int, _Weighed]] = field(default_factory=list)
+    _unfit: list[tuple[float, int, Weighed]] = field(default_factory=list)
     """Branches with plans that do not fit, by the least that a pipeline of those takes."""
     _known_s: dict[Plan, float] = field(default_factory=dict)
     """The least step of plans that differ little, by what they have in common."""
@@ -164,13 +121,13 @@ class Search:
         self._bound_branches()
         while self._queue or self._later:
             ahead = self._queue and (not self._later or not self._is_enough(self._queue[0].bound_s))
-            self.front_s = min(inf if not self._queue else self._queue[0].bound_s, self._later_s)
+            self.front_s = min(inf if not self._queue else self._queue[0].bound_s, self._later.least_s)
             if self._is_enough(self.front_s) or self._is_over(started):
                 break
             if ahead:
                 self._advance(heapq.heappop(self._queue))
             else:
-                self._take(heapq.heappop(self._later).entry)
+                self._simulate(self._later.pop())
         else:
             self.front_s = np.inf
         if self.best is None:
@@ -184,13 +141,13 @@ class Search:
         """Plans that were not simulated and may be faster than the best found: all of a branch that was not opened."""
         assert self.best is not None
         total = 0
-        for entry in (*self._queue, *(each.entry for each in self._later)):
+        for entry in (*self._queue, *self._later):
             if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
                 if isinstance(entry.what, Branch):
                     total += prod(len(values) for values in entry.what.lists)
-                elif isinstance(entry.what, _Weighed):
+                elif isinstance(entry.what, Weighed):
                     total += int(entry.what.fits.sum())
-                elif isinstance(entry.what, _Opened):
+                elif isinstance(entry.what, Opened):
                     opened = entry.what
                     total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
                 else:
@@ -221,9 +178,9 @@ class Search:
 
     def _push(self, bound_s: float, rank: int, what: object) -> None:
         self._count += 1
-        heapq.heappush(self._queue, _Entry(bound_s, self._count, rank, what))
+        heapq.heappush(self._queue, Entry(bound_s, self._count, rank, what))
 
-    def _advance(self, entry: _Entry) -> None:
+    def _advance(self, entry: Entry) -> None:
         if entry.rank == 0:
             assert isinstance(entry.what, Branch)
             self._push(max(entry.bound_s, float(self._glance.bounds.pipeline_s(entry.what).min())), 1, entry.what)
@@ -231,24 +188,22 @@ class Search:
             assert isinstance(entry.what, Branch)
             self._weigh(entry.what, entry.bound_s)
         elif entry.rank == 2:
-            assert isinstance(entry.what, _Weighed)
+            assert isinstance(entry.what, Weighed)
             self._open(entry.what)
         elif entry.rank == 3:
-            assert isinstance(entry.what, _Opened)
+            assert isinstance(entry.what, Opened)
             self._next_plan(entry.what)
         else:
             assert isinstance(entry.what, Plan)
             likely_s = entry.bound_s * self._over.get(_family(entry.what), 1.0)
             if self._is_promising(entry.what, likely_s):
-                self.simulate(entry.what, entry.bound_s)
+                self._simulate(entry)
             else:
-                heapq.heappush(self._later, _Later(likely_s, entry))
-                self._later_s = min(self._later_s, entry.bound_s)
+                self._later.push(likely_s, entry)
 
-    def _take(self, entry: _Entry) -> None:
-        """A plan that was left for later and has been taken out."""
-        self._later_s = min((each.entry.bound_s for each in self._later), default=inf)
-        self.simulate(_plan_of(entry), entry.bound_s)
+    def _simulate(self, entry: Entry) -> None:
+        assert isinstance(entry.what, Plan)
+        self.simulate(entry.what, entry.bound_s)
 
     def _is_promising(self, plan: Plan, likely_s: float) -> bool:
         """Whether it is likely to be better than the best, plans that differ in what seldom counts are not simulated
@@ -265,12 +220,9 @@ class Search:
         """What was left for later of the plans that differ from the best in what seldom counts."""
         assert self.best is not None
         alike = _but_for(self.best.plan, _SELDOM)
-        chosen = [each for each in sorted(self._later) if _but_for(_plan_of(each.entry), _SELDOM) == alike]
-        for each in chosen:
-            if each.entry.bound_s < self.best.step_s:
-                self._later.remove(each)
-                self._take(each.entry)
-        heapq.heapify(self._later)
+        for entry in self._later.take(lambda plan: _but_for(plan, _SELDOM) == alike):
+            if entry.bound_s < self.best.step_s:
+                self._simulate(entry)
 
     @property
     def _glance(self) -> StepBounds:
@@ -305,17 +257,17 @@ class Search:
             spare = fits & (_each(self.filled.share(branch, spare=True, evened=True), branch) <= 1)
         if spare.any():
             found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
-        weighed = _Weighed(branch, fits, spare)
+        weighed = Weighed(branch, fits, spare)
         self._push(max(bound_s, float(found[fits].min())), 2, weighed)
         if not fits.all():
             self._unfit.append((float(found[~fits].min()), self._count, weighed))
 
-    def _open(self, weighed: _Weighed) -> None:
+    def _open(self, weighed: Weighed) -> None:
         """The plans of a branch that fit, best bound first."""
         bounds = self._branch_s(weighed.branch, weighed.spare)
         order = np.argsort(bounds, kind="stable")
         order = order[weighed.fits[order]]
-        self._push(float(bounds[order[0]]), 3, _Opened(weighed.branch, bounds, order, weighed.spare))
+        self._push(float(bounds[order[0]]), 3, Opened(weighed.branch, bounds, order, weighed.spare))
 
     def _branch_s(self, branch: Branch, spare: Flags) -> Floats:
         """Of every plan; those with a slot to `spare` on each place may have replicas."""
@@ -339,7 +291,7 @@ class Search:
             if over[fastest] < known_s:
                 self.too_big = (float(over[fastest]), self.space.plan(weighed.branch, fastest))
 
-    def _next_plan(self, opened: _Opened) -> None:
+    def _next_plan(self, opened: Opened) -> None:
         index = int(opened.order[opened.at])
         plan = self.space.plan(opened.branch, index)
         opened.at += 1
@@ -389,11 +341,6 @@ class Search:
 def _each(table: Floats, branch: Branch) -> Floats:
     """A table by all choices but arbitration, for each plan of a branch."""
     return np.broadcast_to(table[..., None], (*table.shape, len(branch.arbitration))).ravel()
-
-
-def _plan_of(entry: _Entry) -> Plan:
-    assert isinstance(entry.what, Plan)
-    return entry.what
 
 
 def _family(plan: Plan) -> tuple[object, ...]:
