@@ -15,6 +15,7 @@ from moeplan.cost.cost_model import CostModel
 from moeplan.domain.causes import breakdown_s
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats
+from moeplan.domain.timeline import Timeline
 from moeplan.errors import InfeasibleError
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
@@ -39,6 +40,8 @@ _SELDOM: dict[str, object] = {"arbitration": "fair"}
 _OFTEN: dict[str, object] = _SELDOM | {"zero_dense": 0, "zero_expert": 0}
 _FAR = 0.1
 """Plans that differ in ZeRO from one that is farther from the best are left for later."""
+_LOOSE = 1.3
+"""Where steps are farther above their bounds these do not tell one plan from another."""
 _UNFIT = 20
 """Branches in which the fastest plan that does not fit is looked for."""
 KEPT = 64
@@ -195,7 +198,7 @@ class Search:
             self._next_plan(entry.what)
         else:
             assert isinstance(entry.what, Plan)
-            likely_s = entry.bound_s * self._over.get(_family(entry.what), 1.0)
+            likely_s = entry.bound_s * min(_LOOSE, self._over.get(_family(entry.what), 1.0))
             if self._is_promising(entry.what, likely_s):
                 self._simulate(entry)
             else:
@@ -306,8 +309,16 @@ class Search:
         if len(self.bounded) > 4 * KEPT:
             self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]
 
+    def _timeline(self, plan: Plan) -> Timeline:
+        found = simulate(compile_plan(plan, self.scenario), self.cost_model)
+        self.simulated_tasks += len(found.program.tasks)
+        return found
+
     def simulate(self, plan: Plan, bound_s: float) -> None:
-        """Simulates a plan and remembers it; its experts are placed first where that is open."""
+        """Simulates a plan and remembers it; its experts are placed first where that is open. Small programs are also
+        simulated with their experts in blocks.
+        """
+        in_blocks = plan
         if self.places and plan.placement is None and is_open(plan, self.scenario):
             self.placed_s = min(self.placed_s, bound_s)
             placed = best_placed(plan, self.scenario)
@@ -315,8 +326,11 @@ class Search:
                 self.infeasible += 1
                 return
             plan = placed
-        timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
-        self.simulated_tasks += len(timeline.program.tasks)
+        timeline = self._timeline(plan)
+        if plan is not in_blocks and len(timeline.program.tasks) <= EFFORT_LOOK:
+            other = self._timeline(in_blocks)
+            if other.step_s < timeline.step_s and footprint.filled_share(in_blocks, self.scenario) <= 1:
+                plan, timeline = in_blocks, other
         peak = self.scenario.cluster.gpu.peak_flops_per_s[plan.precision.compute]
         found = Tried(
             plan=plan,
