@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from moeplan.accuracy import Assessment, assess
 from moeplan.accuracy.fits import Constants, Observation, fit
 from moeplan.accuracy.intervals import HIGH, LOW
 from moeplan.accuracy.judged import Judged, judged_of
-from moeplan.accuracy.overheads import TERMS, Overheads
+from moeplan.accuracy.overheads import FITTED, Overheads, overheads_of
 from moeplan.accuracy.records import published, read
 from moeplan.accuracy.scores import Row, Summary, quantile, scored, summaries
 from moeplan.accuracy.steps import believed_s
@@ -48,7 +49,7 @@ def write_constants(constants: Constants, observations: Sequence[Observation]) -
     """The terms into the overhead set, each GPU's sustained speed into its sheet."""
     path = catalogue.root() / "cost_models" / "overheads" / "megatron-core.yaml"
     text = path.read_text(encoding="utf-8")
-    for term in TERMS:
+    for term in FITTED:
         value, key = constants.values[term], term.removesuffix("_s")
         shown = f"{1e3 * value:.3g} ms" if term.endswith("_s") else f"{value:.2f}"
         text = re.sub(rf"(\n  {key}: {{value: )[^,]+", rf"\g<1>{shown}", text)
@@ -115,17 +116,14 @@ def _ends(rows: Sequence[Row]) -> str:
 
 def ablation(constants: Constants, observations: Sequence[Observation]) -> list[tuple[str, str, float, float, float]]:
     """Each term as if it were not there, the others as they are: median, 90th percentile and bias of the steps."""
-    neutral = Overheads()
+    neutral = Overheads(host_dense_s=overheads_of().host_dense_s)
     without: dict[str, tuple[Overheads, dict[str, float]]] = {"nothing left out": (constants.overheads, {})}
-    for term in TERMS:
-        values = {name: getattr(constants.overheads, name) for name in TERMS} | {term: getattr(neutral, term)}
-        without[term.removesuffix("_s").replace("_", " ")] = (Overheads(**values), {})
-    narrow = [name for name in constants.values if name.startswith("slower_fp")]
-    own = [name for name in constants.values if name.startswith("slower:")]
-    without["slower 8- and 4-bit products"] = (constants.overheads, dict.fromkeys(narrow, 1.0))
-    without["each GPU's own speed"] = (constants.overheads, dict.fromkeys(own, 1.0))
-    without["sustained speed, all of it"] = (constants.overheads, dict.fromkeys(["slower", *own, *narrow], 1.0))
-    without["all of them"] = (neutral, dict.fromkeys(["slower", *own, *narrow], 1.0))
+    for term in FITTED:
+        changed = replace(constants.overheads, **{term: getattr(neutral, term)})
+        without[term.removesuffix("_s").replace("_", " ")] = (changed, {})
+    energies = [name for name in constants.values if "energy" in name]
+    without["the power limit"] = (constants.overheads, dict.fromkeys(energies, 0.0))
+    without["all of them"] = (neutral, dict.fromkeys(energies, 0.0))
     rows = []
     for name, (overheads, values) in without.items():
         tried = Constants(values=dict(constants.values) | values)
