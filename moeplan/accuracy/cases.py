@@ -53,6 +53,11 @@ class Case:
     """Whether scores of attention stay on the chip, rather than pass through memory."""
     fuses_sinks: bool = False
     """Whether they do so where attention has sinks, which kernels learned late."""
+    routes_freely: bool = False
+    """Whether tokens choose their experts, so that some of many experts get none of a few tokens."""
+    reduces_alone: bool = False
+    """Whether all ranks have all tokens, and all-reduce what attention and feed-forward blocks make of them with a
+    kernel for that, as servers do; experts' tokens are then not exchanged."""
     recomputed: float = 1.0
     """Of the layers, where these are recomputed fully."""
     recomputes_products: bool = False

@@ -16,20 +16,23 @@ and longer than alone as ranks come late. Tensor exchanges beside products are h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moeplan.accuracy.cases import Case
 from moeplan.accuracy.overheads import Overheads
+from moeplan.accuracy.reductions import all_reduce_s
 from moeplan.compiler.compile_plan import compile_plan
+from moeplan.compiler.works import work
 from moeplan.cost.cost_model import CostModel
 from moeplan.cost.measured import side
 from moeplan.domain.causes import breakdown_s
 from moeplan.domain.cluster import Gpu
+from moeplan.domain.feed_forward import Experts
 from moeplan.domain.mixers import Attention
-from moeplan.domain.program import Kernel, Stream
+from moeplan.domain.program import Kernel, Pass, Stream
 from moeplan.domain.timeline import Timeline
 from moeplan.simulator.simulate import simulate
 
@@ -72,7 +75,51 @@ def step_of(case: Case) -> Step:
     causes_s = dict(step.causes_s)
     causes_s["pipeline_bubble"] *= longer
     causes_s["dense_compute"] += more_s
+    if case.graphs == "all":
+        causes_s["launch_overhead"] = 0.0
+    if case.routes_freely:
+        causes_s["expert_compute"] += _chosen_experts_s(case) - _seconds_of(step, case, _is_of_experts)
+    if case.reduces_alone:
+        causes_s |= {"exposed_all_to_all": 0.0, "tensor_traffic": _reductions_s(case)}
     return replace(step, causes_s=causes_s)
+
+
+_EXPERTS = ("permute", "expert_up", "expert_activation", "expert_down", "unpermute")
+
+
+def _is_of_experts(kernel: Kernel) -> bool:
+    return kernel.name in _EXPERTS
+
+
+def _chosen_experts_s(case: Case) -> float:
+    """Of the experts of a GPU where T tokens choose k of E by chance, forward.
+
+    E (1 - (1 - k / E)^T) of them are chosen at all; these are read, and share the tokens.
+    """
+    model, plan, found = case.scenario.model, case.plan, 0.0
+    tokens = case.scenario.workload.step_tokens / plan.edp
+    for layer in model.all_layers:
+        experts = layer.feed_forward
+        if isinstance(experts, Experts):
+            held, share = experts.num_experts / plan.ep, experts.top_k / experts.num_experts
+            hit = max(1, round(held * (1 - (1 - share) ** tokens)))
+            rows = max(hit, round(tokens * share * held))
+            each = tuple((at + 1) * rows // hit - at * rows // hit for at in range(hit))
+            operators = experts.expert_operators(tokens_per_expert=each, etp=plan.etp)
+            found += _cost_s(work("experts", operators, Pass.FORWARD, precision=plan.precision).kernels, case)
+    return found
+
+
+def _cost_s(kernels: Iterable[Kernel], case: Case) -> float:
+    model = CostModel(gpu=case.scenario.cluster.gpu)
+    return sum(model.kernel_s(kernel) for kernel in kernels)
+
+
+def _reductions_s(case: Case) -> float:
+    """Of two in each layer, of the hidden states of all tokens in 16 bits."""
+    workload, model, plan = case.scenario.workload, case.scenario.model, case.plan
+    size_bytes = 2.0 * workload.step_tokens / plan.dp * model.hidden_size
+    return 2 * len(model.all_layers) * all_reduce_s(case.scenario.cluster, ranks=plan.tp, size_bytes=size_bytes)
 
 
 def _filled(case: Case) -> Step:
