@@ -33,7 +33,7 @@ _FIRST, _LAST = 0.2, 1e-3
 _STARTS = {
     "energy_pj:hopper": 1.0, "energy_pj:blackwell": 0.7,
     "exposed_routed": 0.3, "late_ranks": 1.2, "exposed_tensor": 0.3, "host_routed_s": 8e-3,
-    "host_routed_graphs_s": 5e-3, "host_routed_old_s": 4e-3,
+    "host_routed_graphs_s": 5e-3,
     "score_passes": 5.0,
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ class Table:
         device_N = device_N + self.routed_N * shown_N
         device_N = device_N + self.tensor_N * np.where(self.overlaps_tensor_N, value_C[at["exposed_tensor"]], 1.0)
         device_N = device_N + self.scores_N * value_C[at["score_passes"]]
-        host_N = self.moe_N * np.append(value_C, 0.0)[self.host_N] + self.dense_s_N
+        host_N = self.moe_N * np.append(value_C, [0.0, overheads_of().host_routed_old_s])[self.host_N] + self.dense_s_N
         found: Floats = np.maximum(device_N, host_N) * (1 + self.bubble_N) + self.rest_N
         return found
 
@@ -168,7 +168,7 @@ def table_of(observations: Sequence[Observation]) -> Table:
     def column(values: Sequence[float]) -> Floats:
         return np.array(values, np.float64)
 
-    hosts = {"some": "host_routed_graphs_s", "none": "host_routed_s", "unknown": "host_routed_old_s"}
+    hosts = {"some": at["host_routed_graphs_s"], "none": at["host_routed_s"], "all": len(names)}
     cases = [each.case for each in observations]
     rounds = [host_rounds(case) for case in cases]
     dense_s = overheads_of().host_dense_s
@@ -187,7 +187,7 @@ def table_of(observations: Sequence[Observation]) -> Table:
         rest_N=column([each["gradient_traffic"] + each["pipeline_traffic"] for each in waits]),
         dense_s_N=column([count * dense_s for count, _ in rounds]),
         moe_N=column([count for _, count in rounds]),
-        host_N=np.array([at[hosts[case.graphs]] if case.graphs in hosts else len(names) for case in cases]),
+        host_N=np.array([hosts.get(case.graphs, len(names) + 1) for case in cases]),
         measured_N=column([each.measured_s for each in observations]),
         weight_N=column([each.weight for each in observations]),
     )  # fmt: skip

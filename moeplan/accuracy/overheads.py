@@ -39,7 +39,7 @@ class Overheads:
 
 
 TERMS = tuple(field.name for field in fields(Overheads))
-FITTED = tuple(term for term in TERMS if term != "host_dense_s")
+FITTED = tuple(term for term in TERMS if term not in ("host_dense_s", "host_routed_old_s"))
 """To whole steps."""
 
 

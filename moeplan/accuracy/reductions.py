@@ -1,4 +1,4 @@
-"""All-reduces of serving frameworks: kernels of their own in one NVLink domain, NCCL's trees between nodes.
+"""All-reduces that are no rings: servers' own kernels in one NVLink domain, NCCL's trees and what switches sum.
 
 In a domain each of n GPUs reads what the others have and adds it up (once), or a share of it, and then the sums of the
 others (twice):
@@ -14,7 +14,7 @@ for short messages:
 
 from __future__ import annotations
 
-from math import log2
+from math import inf, log2
 
 from moeplan.domain.cluster import Cluster
 
@@ -38,3 +38,22 @@ def all_reduce_s(cluster: Cluster, *, ranks: int, size_bytes: float) -> float:
     assert cluster.spec.nic is not None
     delay_s = _BASE_S + 2 * ((near - 1) * _NEAR_S + log2(nodes) * _FAR_S)
     return delay_s + 2 * size_bytes / near / (cluster.spec.nic.bandwidth_bytes_per_s * cluster.spec.nic.efficiency)
+
+
+_SWITCH_BASE_S = 23e-6
+_SWITCH_EFFICIENCY = {"hopper": 0.85, "blackwell": 0.74}
+"""Reference: NVIDIA/nccl, src/graph/tuning.cc: base latency of NVLS, and its efficiency by generation."""
+
+
+def switched_s(cluster: Cluster, *, ranks: int, size_bytes: float) -> float:
+    """Seconds of NCCL's all-reduce that the switches of one NVLink domain sum; infinite where they cannot.
+
+    start + base + (1 + 1 / n) size / (rate x efficiency): a GPU sends all, and a share of the sum comes back once more.
+    """
+    name = cluster.gpu.name
+    kind = "blackwell" if name.startswith(("b", "gb")) else "hopper" if name.startswith("h") else None
+    if kind is None or "nvlink" not in cluster.spec.links or ranks > cluster.gpus_per_node:
+        return inf
+    link = cluster.spec.links["nvlink"]
+    rate = link.bandwidth_bytes_per_s * link.efficiency * _SWITCH_EFFICIENCY[kind]
+    return cluster.gpu.exchange_start_s + _SWITCH_BASE_S + (1 + 1 / ranks) * size_bytes / rate
