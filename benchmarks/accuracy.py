@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ import numpy as np
 from moeplan import catalogue
 from moeplan.accuracy import Assessment, assess
 from moeplan.accuracy.fits import Constants, Observation, fit
-from moeplan.accuracy.intervals import HIGH, LOW
+from moeplan.accuracy.intervals import tail_of
 from moeplan.accuracy.judged import Judged, judged_of
-from moeplan.accuracy.overheads import TERMS, Overheads
+from moeplan.accuracy.overheads import FITTED, Overheads, overheads_of
 from moeplan.accuracy.records import published, read
 from moeplan.accuracy.scores import Row, Summary, quantile, scored, summaries
 from moeplan.accuracy.steps import believed_s
+from moeplan.domain.cluster import Gpu
 from moeplan.exporters._parity_picture import Point, draw_parity
 
 HERE = Path(__file__).parent
@@ -48,27 +50,35 @@ def write_constants(constants: Constants, observations: Sequence[Observation]) -
     """The terms into the overhead set, each GPU's sustained speed into its sheet."""
     path = catalogue.root() / "cost_models" / "overheads" / "megatron-core.yaml"
     text = path.read_text(encoding="utf-8")
-    for term in TERMS:
+    for term in FITTED:
         value, key = constants.values[term], term.removesuffix("_s")
         shown = f"{1e3 * value:.3g} ms" if term.endswith("_s") else f"{value:.2f}"
         text = re.sub(rf"(\n  {key}: {{value: )[^,]+", rf"\g<1>{shown}", text)
     path.write_text(text, encoding="utf-8")
-    for gpu in sorted({each.case.scenario.cluster.gpu.name for each in observations}):
-        _write_sustained(catalogue.root() / "cost_models" / "gpus" / f"{gpu}.yaml", constants, gpu)
+    for name in _SHEETS:
+        gpu = catalogue.cluster_from("hgx-h100-rail", changes={"cluster.gpu": name}).gpu
+        _write_sustained(catalogue.root() / "cost_models" / "gpus" / f"{name}.yaml", constants, gpu)
 
 
-def _write_sustained(path: Path, constants: Constants, gpu: str) -> None:
+_SHEETS = (
+    "a100-40gb-sxm", "a100-80gb-sxm", "h100-sxm", "h100-96gb", "h20", "h200-sxm", "h800", "b200", "b300", "gb200",
+    "gb300",
+)  # fmt: skip
+"""GPUs of architectures that the steps tell of."""
+
+
+def _write_sustained(path: Path, constants: Constants, gpu: Gpu) -> None:
     lines = [
         line for line in path.read_text(encoding="utf-8").splitlines() if not re.match(r"  (sustained_|steps:)", line)
     ]
     bits = {16: "sustained_efficiency", 8: "sustained_fp8_efficiency", 4: "sustained_fp4_efficiency"}
     found = [
-        f"  {name}: {{value: {100 * min(1.0, 1 / constants.slower(gpu, size)):.1f} %, source: steps}}"
-        for size, name in bits.items()
+        f"  {name}: {{value: {100 / constants.slower(gpu, size):.1f} %, source: steps}}" for size, name in bits.items()
     ]
     source = (
-        '  steps: {cite: "steps of published training runs, fitted by benchmarks/accuracy.py", kind: measured, '
-        'date: "2026-12", environment: "tests/published/published-results.json, completeness A"}'
+        '  steps: {cite: "energy of a FLOP on the architecture, fitted to steps of published training runs by '
+        'benchmarks/accuracy.py, with this peak and TDP", kind: measured, date: "2026-12", '
+        'environment: "tests/published/published-results.json, completeness A"}'
     )
     lines.insert(lines.index("sources:") + 1, source)
     if "calibration:" not in lines:
@@ -103,11 +113,10 @@ def write_intervals(found: Assessment, observations: Sequence[Observation]) -> N
 
 
 def _ends(rows: Sequence[Row]) -> str:
-    value_N, weight_N = (
-        np.array([row.measured / row.predicted - 1 for row in rows]),
-        np.array([row.weight for row in rows]),
-    )
-    return "[" + ", ".join(f"{100 * quantile(value_N, weight_N, share):.1f} %" for share in (LOW, HIGH)) + "]"
+    value_N = np.array([row.measured / row.predicted - 1 for row in rows])
+    weight_N = np.array([row.weight for row in rows])
+    tail = tail_of(len({(row.tags["gpu"], row.tags["model"]) for row in rows}))
+    return "[" + ", ".join(f"{100 * quantile(value_N, weight_N, share):.1f} %" for share in (tail, 1 - tail)) + "]"
 
 
 # ---- the page
@@ -115,17 +124,14 @@ def _ends(rows: Sequence[Row]) -> str:
 
 def ablation(constants: Constants, observations: Sequence[Observation]) -> list[tuple[str, str, float, float, float]]:
     """Each term as if it were not there, the others as they are: median, 90th percentile and bias of the steps."""
-    neutral = Overheads()
+    neutral = Overheads(host_dense_s=overheads_of().host_dense_s)
     without: dict[str, tuple[Overheads, dict[str, float]]] = {"nothing left out": (constants.overheads, {})}
-    for term in TERMS:
-        values = {name: getattr(constants.overheads, name) for name in TERMS} | {term: getattr(neutral, term)}
-        without[term.removesuffix("_s").replace("_", " ")] = (Overheads(**values), {})
-    narrow = [name for name in constants.values if name.startswith("slower_fp")]
-    own = [name for name in constants.values if name.startswith("slower:")]
-    without["slower 8- and 4-bit products"] = (constants.overheads, dict.fromkeys(narrow, 1.0))
-    without["each GPU's own speed"] = (constants.overheads, dict.fromkeys(own, 1.0))
-    without["sustained speed, all of it"] = (constants.overheads, dict.fromkeys(["slower", *own, *narrow], 1.0))
-    without["all of them"] = (neutral, dict.fromkeys(["slower", *own, *narrow], 1.0))
+    for term in FITTED:
+        changed = replace(constants.overheads, **{term: getattr(neutral, term)})
+        without[term.removesuffix("_s").replace("_", " ")] = (changed, {})
+    energies = [name for name in constants.values if "energy" in name]
+    without["the power limit"] = (constants.overheads, dict.fromkeys(energies, 0.0))
+    without["all of them"] = (neutral, dict.fromkeys(energies, 0.0))
     rows = []
     for name, (overheads, values) in without.items():
         tried = Constants(values=dict(constants.values) | values)

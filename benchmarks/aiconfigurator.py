@@ -2,7 +2,9 @@
 
     python -m pip install 'moeplan[silicon]' && python benchmarks/aiconfigurator.py
 
-The rows are those of AIConfigurator's own wheel (`silicon_sample.csv`) that `tests/published` holds, whose layout and
+AIConfigurator gets the number formats that Hopper has for a model: blocks of FP8 with attention in 16 bits for DeepSeek
+and Qwen, and for GPT-OSS the formats of its checkpoint, 4-bit experts and the rest in 16 bits (its rows say NVFP4, which
+Hopper lacks). Its database is the newest that the wheel has for the framework. The rows are those of AIConfigurator's own wheel (`silicon_sample.csv`) that `tests/published` holds, whose layout and
 concurrency were read from the rows' ids, as the columns are multiplied by EP where EP is more than 1. Both tools get
 the same model, layout, precision, lengths and requests in flight. Errors are shares of the measured time.
 """
@@ -23,6 +25,9 @@ MODELS = {
     "deepseek_v3": "deepseek-ai/DeepSeek-V3", "gpt_oss_120b": "openai/gpt-oss-120b",
     "qwen3_235b": "Qwen/Qwen3-235B-A22B-FP8",
 }  # fmt: skip
+_FORMATS = {"gpt_oss_120b": ("bfloat16", "w4a16_mxfp4")}
+_BLOCKS = ("fp8_block", "fp8_block")
+"""Of products by weights, and of experts."""
 
 
 def theirs_ms(record: Mapping[str, Any]) -> float:
@@ -36,10 +41,11 @@ def theirs_ms(record: Mapping[str, Any]) -> float:
     asked, shape, notes = record["parallel"], record["shape"], str(record["parallel"].get("notes"))
     framework = re.match(r"(trtllm|sglang|vllm)", notes)
     assert framework is not None, notes
-    quant = dict(re.findall(r"(gemm|moe) (\w+)", notes))
+    products, experts = _FORMATS.get(record["model"]["key"], _BLOCKS)
     config = build_model_config(
         tp_size=asked["tp"], pp_size=1, attention_dp_size=asked["dp"], moe_tp_size=asked.get("etp") or 1,
-        moe_ep_size=asked["ep"], gemm_quant_mode=quant.get("gemm"), moe_quant_mode=quant.get("moe"),
+        moe_ep_size=asked["ep"], gemm_quant_mode=products, moe_quant_mode=experts, kvcache_quant_mode="bfloat16",
+        fmha_quant_mode="bfloat16",
     )  # fmt: skip
     version = get_latest_database_version("h200_sxm", framework[1])
     database = get_database("h200_sxm", framework[1], version)

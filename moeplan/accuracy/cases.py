@@ -49,6 +49,21 @@ class Case:
     """Whether experts' exchanges of one micro-batch run beside the passes of another."""
     overlaps_tensor: bool = False
     """Whether tensor exchanges run beside the products that they belong to."""
+    fuses_attention: bool = True
+    """Whether scores of attention stay on the chip, rather than pass through memory."""
+    fuses_sinks: bool = False
+    """Whether they do so where attention has sinks, which kernels learned late."""
+    routes_freely: bool = False
+    """Whether tokens choose their experts, so that some of many experts get none of a few tokens."""
+    reduces_alone: bool = False
+    """Whether all ranks have all tokens, and all-reduce what attention and feed-forward blocks make of them with a
+    kernel for that, as servers do; experts' tokens are then not exchanged."""
+    recomputed: float = 1.0
+    """Of the layers, where these are recomputed fully."""
+    recomputes_products: bool = False
+    """Whether every other product is computed again, as PyTorch's own selective recomputation does."""
+    divides_norms: bool = True
+    """Whether tensor-parallel ranks share out norms and residuals (sequence parallelism), rather than each do all."""
 
 
 @lru_cache(maxsize=2048)
@@ -97,8 +112,30 @@ def training_case(record: Row) -> Case:
     return Case(
         scenario=scenario, plan=plan, guessed=tuple(guessed),
         graphs=_graphs(asked.get("cuda_graphs")), overlaps_passes=bool(asked.get("overlap_moe_a2a")),
-        overlaps_tensor=_overlaps_tensor(asked),
+        overlaps_tensor=_overlaps_tensor(asked), fuses_attention=_fuses_attention(record),
+        # Attention in 8 bits is one kernel, or it would not be in 8 bits.
+        fuses_sinks="FP8 attention" in str(record.get("notes")),
+        divides_norms=asked.get("sequence_parallel") is not False,
+        recomputed=_recomputed(asked, layers=len(scenario.model.all_layers), chunks=plan.pp * plan.vpp),
+        recomputes_products=plan.recompute == "selective" and str(asked.get("sharding")).startswith("FSDP2"),
     )  # fmt: skip
+
+
+def _recomputed(asked: Row, *, layers: int, chunks: int) -> float:
+    """The share of layers in "full, block, 5 layers", where Megatron recomputes five of each stage."""
+    block = re.match(r"full, block, (\d+) layers", str(asked.get("recompute")))
+    return min(1.0, int(block[1]) * chunks / layers) if block else 1.0
+
+
+def _fuses_attention(record: Row) -> bool:
+    """As `parallel.attention` says, else from June 2022 on.
+
+    Reference: Dao et al., "FlashAttention", arXiv 2205.14135, of 27 May 2022.
+    """
+    asked, date = record["parallel"].get("attention"), str(record["source"].get("date") or "")
+    if asked not in (None, "fused", "unfused"):
+        raise CatalogueError(f"parallel.attention: found {asked!r}; use fused or unfused")
+    return asked == "fused" if asked else not date or date >= "2022-06"
 
 
 def _degrees(record: Row, guessed: list[str]) -> dict[str, Any]:
@@ -185,10 +222,13 @@ def precision_of(asked: Row) -> Precision:
     word = str(asked.get("precision")).upper()
     for sign, compute in _FORMATS:
         if sign in word:
-            wide = "bf16 gradient" in str(asked.get("sharding"))
-            return Precision(compute=compute, gradients="bf16" if wide else "fp32")
+            narrow = "bf16 gradient" in str(asked.get("sharding"))
+            return Precision(compute=compute, gradients="bf16" if narrow else "fp32")
     if "FP16" in word:
-        return Precision(compute="fp16", weights="fp16", activations="fp16", dispatch="fp16", combine="fp16")
+        gradients: Dtype = "fp16" if "fp16 gradient" in str(asked.get("sharding")) else "fp32"
+        return Precision(
+            compute="fp16", weights="fp16", activations="fp16", gradients=gradients, dispatch="fp16", combine="fp16"
+        )
     raise CatalogueError(f"parallel.precision: found {asked.get('precision')!r}; use BF16, FP16, FP8, MXFP8 or NVFP4")
 
 

@@ -2,7 +2,9 @@
 
 An interval's ends are the tenth and the ninetieth percentile of measured over predicted, among rows that are predicted
 without their group: of the same kind, tier, and as to whether something had to be guessed. A row's own group never
-counts for its interval, so what it covers is what it would cover of groups that nobody has seen.
+counts for its interval, so what it covers is what it would cover of groups that nobody has seen. Of few groups the
+percentiles are taken further out: the range of G draws covers (G - 1) / (G + 1) of what they are drawn from, so that
+tails beyond an end are as much smaller.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from moeplan.catalogue.files import read
 from moeplan.domain.scenario import Scenario
 from moeplan.units import parse
 
-LOW, HIGH = 0.1, 0.9
+TAIL = 0.1
+"""Beyond either end."""
 _ENOUGH = 8
 """Rows of which percentiles are taken; of fewer those of the whole kind are."""
 _WIDEST = (-0.7, 0.7)
@@ -59,7 +62,13 @@ def spread_of(like: Residual, known: Sequence[Residual]) -> Spread:
 
 def _ends(rows: Sequence[Residual]) -> Spread:
     value_N, weight_N = np.array([row.log_ratio for row in rows]), np.array([row.weight for row in rows])
-    return quantile(value_N, weight_N, LOW), quantile(value_N, weight_N, HIGH)
+    tail = tail_of(len({row.group for row in rows}))
+    return quantile(value_N, weight_N, tail), quantile(value_N, weight_N, 1 - tail)
+
+
+def tail_of(groups: int) -> float:
+    """The share beyond either end of an interval that so many groups tell."""
+    return TAIL * (groups - 1) / (groups + 1)
 
 
 def around(predicted: float, spread: Spread) -> tuple[float, float]:

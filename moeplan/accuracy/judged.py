@@ -148,7 +148,9 @@ def _cached(key: str) -> dict[str, Step]:
 
 def _step(case: Case) -> Step:
     """Rows of one configuration are simulated once."""
-    kept = _cached(f"{case.scenario.name} {case.plan.model_dump_json()} {case.scenario.workload.model_dump_json()}")
+    flags = f"{case.fuses_attention} {case.divides_norms} {case.recomputed} {case.recomputes_products}"
+    workload = case.scenario.workload.model_dump_json()
+    kept = _cached(f"{case.scenario.name} {case.plan.model_dump_json()} {workload} {flags}")
     document = repr(case.scenario.document["model"]) + repr(case.scenario.document["cluster"])
     if document not in kept:
         kept[document] = step_of(case)

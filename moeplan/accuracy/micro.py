@@ -25,6 +25,7 @@ from moeplan import catalogue
 from moeplan.accuracy.libraries import Library, library
 from moeplan.accuracy.machines import at_full_speed, machine_of
 from moeplan.accuracy.prediction import Prediction, Refusal, Tier
+from moeplan.accuracy.reductions import switched_s
 from moeplan.cost.compute import start_s
 from moeplan.cost.cost_model import CostModel
 from moeplan.domain.cluster import Cluster, Gpu
@@ -139,13 +140,17 @@ def _exchanges(shape: Row, record: Row) -> _Found:
 
 
 def _collective(shape: Row, record: Row) -> _Found:
-    """NCCL's collective of `bytes`: in one node rings, and sends of all to all."""
+    """NCCL's collective of `bytes`: in one node rings, sums in the switches, and sends of all to all."""
     operation = str(shape["op"]).replace("alltoall", "all_to_all")
     exchange = Exchange(
         kind=operation, operation=operation, algorithm="linear" if operation == "all_to_all" else "ring",
         groups_NG=np.arange(int(shape["gpus"]))[None], size_bytes=float(shape["bytes"]),
     )  # fmt: skip
-    return {"latency_us": time_of(exchange, _cluster(record)).time_s * 1e6}, ()
+    cluster = _cluster(record)
+    seconds = time_of(exchange, cluster).time_s
+    if operation == "all_reduce":
+        seconds = min(seconds, switched_s(cluster, ranks=int(shape["gpus"]), size_bytes=float(shape["bytes"])))
+    return {"latency_us": seconds * 1e6}, ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ class Overheads:
     """Times that scores of attention with sinks pass through memory in a step of training: kernels that fuse them away
     came late."""
     host_dense_s: float = 0.0
-    """Host's time for forward and backward pass of one layer without experts, kernel by kernel."""
+    """Host's time for forward and backward pass of one layer without experts, kernel by kernel; measured, not fitted."""
     host_routed_s: float = 0.0
     """Of one with experts."""
     host_routed_graphs_s: float = 0.0
@@ -39,6 +39,8 @@ class Overheads:
 
 
 TERMS = tuple(field.name for field in fields(Overheads))
+FITTED = tuple(term for term in TERMS if term not in ("host_dense_s", "host_routed_old_s"))
+"""To whole steps."""
 
 
 @lru_cache(maxsize=16)

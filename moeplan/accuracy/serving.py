@@ -122,6 +122,7 @@ def _case(record: Row, phase: str, layout: Mapping[str, Any], *, requests: int, 
     check_plan(plan, scenario)
     return Case(
         scenario=scenario, plan=plan, overlaps_passes=bool(record["parallel"].get("overlap_moe_a2a")),
+        reduces_alone=layout["tp"] > 1 and layout["dp"] == 1, routes_freely=True,
     )  # fmt: skip
 
 

@@ -16,19 +16,23 @@ and longer than alone as ranks come late. Tensor exchanges beside products are h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moeplan.accuracy.cases import Case
 from moeplan.accuracy.overheads import Overheads
+from moeplan.accuracy.reductions import all_reduce_s
 from moeplan.compiler.compile_plan import compile_plan
+from moeplan.compiler.works import work
 from moeplan.cost.cost_model import CostModel
+from moeplan.cost.measured import side
 from moeplan.domain.causes import breakdown_s
 from moeplan.domain.cluster import Gpu
+from moeplan.domain.feed_forward import Experts
 from moeplan.domain.mixers import Attention
-from moeplan.domain.program import Kernel, Stream
+from moeplan.domain.program import Kernel, Pass, Stream
 from moeplan.domain.timeline import Timeline
 from moeplan.simulator.simulate import simulate
 
@@ -60,7 +64,66 @@ class Step:
 
 
 def step_of(case: Case) -> Step:
-    """The simulated step.
+    """The simulated step, with what kernels do that are not fused, not divided or done again."""
+    step = _filled(case)
+    if case.recomputed < 1:
+        kept = replace(case, plan=case.plan.model_copy(update={"recompute": "none"}))
+        step = _further(_filled(kept), step, case.recomputed)
+    more_s = _unfused_s(step, case) + _undivided_s(step, case) + _repeated_s(step, case)
+    # All stages compute for as much longer, so waiting for them is longer as well.
+    longer = 1 + more_s / (step.seconds - step.causes_s["pipeline_bubble"])
+    causes_s = dict(step.causes_s)
+    causes_s["pipeline_bubble"] *= longer
+    causes_s["dense_compute"] += more_s
+    if case.graphs == "all":
+        causes_s["launch_overhead"] = 0.0
+    if case.routes_freely:
+        causes_s["expert_compute"] += _chosen_experts_s(case) - _seconds_of(step, case, _is_of_experts)
+    if case.reduces_alone:
+        causes_s |= {"exposed_all_to_all": 0.0, "tensor_traffic": _reductions_s(case)}
+    return replace(step, causes_s=causes_s)
+
+
+_EXPERTS = ("permute", "expert_up", "expert_activation", "expert_down", "unpermute")
+
+
+def _is_of_experts(kernel: Kernel) -> bool:
+    return kernel.name in _EXPERTS
+
+
+def _chosen_experts_s(case: Case) -> float:
+    """Of the experts of a GPU where T tokens choose k of E by chance, forward.
+
+    E (1 - (1 - k / E)^T) of them are chosen at all; these are read, and share the tokens.
+    """
+    model, plan, found = case.scenario.model, case.plan, 0.0
+    tokens = case.scenario.workload.step_tokens / plan.edp
+    for layer in model.all_layers:
+        experts = layer.feed_forward
+        if isinstance(experts, Experts):
+            held, share = experts.num_experts / plan.ep, experts.top_k / experts.num_experts
+            hit = max(1, round(held * (1 - (1 - share) ** tokens)))
+            rows = max(hit, round(tokens * share * held))
+            each = tuple((at + 1) * rows // hit - at * rows // hit for at in range(hit))
+            operators = experts.expert_operators(tokens_per_expert=each, etp=plan.etp)
+            found += _cost_s(work("experts", operators, Pass.FORWARD, precision=plan.precision).kernels, case)
+    return found
+
+
+def _cost_s(kernels: Iterable[Kernel], case: Case) -> float:
+    model = CostModel(gpu=case.scenario.cluster.gpu)
+    return sum(model.kernel_s(kernel) for kernel in kernels)
+
+
+def _reductions_s(case: Case) -> float:
+    """Of two in each layer, of the hidden states of all tokens in 16 bits."""
+    workload, model, plan = case.scenario.workload, case.scenario.model, case.plan
+    size_bytes = 2.0 * workload.step_tokens / plan.dp * model.hidden_size
+    return 2 * len(model.all_layers) * all_reduce_s(case.scenario.cluster, ranks=plan.tp, size_bytes=size_bytes)
+
+
+def _filled(case: Case) -> Step:
+    """The step by its first micro-batches.
 
     A pipeline that has been filled twice takes the same time for every further filling, and so does what is computed.
     So a step of many micro-batches is two shorter ones, and what the longer of them takes more, as often as needed.
@@ -129,11 +192,59 @@ def believed_s(step: Step, case: Case, overheads: Overheads, *, gpu: Gpu | None 
 
 def scores_s(case: Case) -> float:
     """For the scores of all attention with sinks of a rank to pass through memory once, in 16 bits."""
+    return _pass_s(case, lambda mixer: mixer.sinks) if case.fuses_attention and not case.fuses_sinks else 0.0
+
+
+_FORWARD_PASSES, _BACKWARD_PASSES = 6.5, 9.5
+"""Of scores in 16 bits through memory, where attention is products with a softmax between them: forward the product
+writes them (1), softmax reads and writes them (2), so does dropout with a mask of a byte (2.5), a product reads them
+(1); backward two products for the gradients of shares and values (2), dropout (2.5), softmax (3), and two products for
+those of queries and keys (2).
+Reference: Korthikanti et al., "Reducing activation recomputation" (MLSys 2023), figure 2 and section 4.
+"""
+
+
+def _unfused_s(step: Step, case: Case) -> float:
+    """Scores through memory, and products of them that see pairs ahead of a query, too: twice those that count."""
+    if case.fuses_attention:
+        return 0.0
+    runs = 1 if case.plan.recompute == "none" else 2
+    scores_s = (runs * _FORWARD_PASSES + _BACKWARD_PASSES) * _pass_s(case, lambda _: True)
+    return scores_s + _seconds_of(step, case, lambda kernel: kernel.kind == "attention")
+
+
+_FRAME = ("norm", "residual")
+
+
+def _undivided_s(step: Step, case: Case) -> float:
+    """Norms and residuals of the tokens of other tensor-parallel ranks."""
+    if case.divides_norms:
+        return 0.0
+    return (case.plan.tp - 1) * _seconds_of(step, case, lambda kernel: kernel.name.removesuffix("_grad") in _FRAME)
+
+
+def _repeated_s(step: Step, case: Case) -> float:
+    """Every other product of the forward pass, where products are chosen one by one.
+
+    Reference: pytorch/torchtitan, parallelize_llama.py, 2024: of an operator's kinds all results are kept, but of
+    matrix products every second.
+    """
+    if not case.recomputes_products:
+        return 0.0
+    return _seconds_of(step, case, lambda kernel: kernel.kind == "gemm" and not side(kernel)) / 2
+
+
+def _seconds_of(step: Step, case: Case, is_wanted: Callable[[Kernel], bool]) -> float:
+    model = CostModel(gpu=case.scenario.cluster.gpu)
+    return sum(count * model.kernel_s(kernel) for kernel, count in step.kernels.items() if is_wanted(kernel))
+
+
+def _pass_s(case: Case, is_wanted: Callable[[Attention], bool]) -> float:
     workload, plan, gpu = case.scenario.workload, case.plan, case.scenario.cluster.gpu
     if not workload.is_training:
         return 0.0
     mixers = [layer.mixer for layer in case.scenario.model.all_layers]
-    heads = sum(each.num_heads for each in mixers if isinstance(each, Attention) and each.sinks)
+    heads = sum(each.num_heads for each in mixers if isinstance(each, Attention) and is_wanted(each))
     times = plan.num_microbatches(workload.global_batch) * plan.micro_batch / (plan.pp * plan.tp * plan.cp)
     return heads * times * workload.sequence**2 * 2 / (gpu.memory_bandwidth_bytes_per_s * gpu.memory_efficiency)
 
@@ -144,12 +255,24 @@ def _kernels_s(step: Step, gpu: Gpu) -> float:
 
 
 def _host_s(case: Case, overheads: Overheads) -> float:
-    """Of the host of one rank, for forward and backward passes of all its layers."""
-    if case.graphs == "all" or not case.scenario.workload.is_training:
-        return 0.0
+    """Of the host of one rank, for all passes of all its layers."""
+    dense, routed = host_rounds(case)
     routed_s = {
-        "some": overheads.host_routed_graphs_s, "none": overheads.host_routed_s, "unknown": overheads.host_routed_old_s,
+        "all": 0.0, "some": overheads.host_routed_graphs_s, "none": overheads.host_routed_s,
+        "unknown": overheads.host_routed_old_s,
     }[case.graphs]  # fmt: skip
-    layers, moe = len(case.scenario.model.all_layers), len(case.scenario.model.moe_layers)
+    return dense * overheads.host_dense_s + routed * routed_s
+
+
+_AGAIN = 1.5
+"""Times that a host takes where layers are run forward once more: a third pass beside two."""
+
+
+def host_rounds(case: Case) -> tuple[float, float]:
+    """Layers without and with experts that a host launches kernel by kernel in a step, forward and backward."""
+    if case.graphs == "all" or not case.scenario.workload.is_training:
+        return 0.0, 0.0
     times = case.plan.num_microbatches(case.scenario.workload.global_batch) / case.plan.pp
-    return times * (moe * routed_s + (layers - moe) * overheads.host_dense_s)
+    times *= _AGAIN if case.plan.recompute == "full" else 1.0
+    layers, moe = len(case.scenario.model.all_layers), len(case.scenario.model.moe_layers)
+    return times * (layers - moe), times * moe

@@ -16,8 +16,15 @@ Reference: DeepGEMM, whose contiguous layout aligns each group to 128 rows.
 """
 QUERIES = 128
 """Queries of a block of fused attention. Reference: Shah et al., FlashAttention-3 (2024), section 3."""
-_TILES = ((128, 256), (64, 256), (128, 128), (64, 128), (64, 64))
+_TILES = ((128, 256), (64, 256), (128, 128), (64, 128), (64, 64), (32, 128), (16, 128))
 """Rows and columns of the output that one SM computes at a time: what libraries choose from, the largest first."""
+SHORT, SHORTEST = 64, 16
+_LOW = (SHORT, 32, SHORTEST)
+"""Where no expert, or a whole product, has more than `SHORT` rows, as when tokens are decoded, libraries swap the
+operands, so that tiles are as low as `SHORTEST` rows.
+Reference: sgl-project/sglang, pull request 25532 (tiles of 16 and 32 on Hopper); NVIDIA/TensorRT-LLM, pull request 7355
+(the same on Blackwell).
+"""
 _OPERAND = 12.0
 """A tile of r rows and c columns takes 1 + 12 (1 / r + 1 / c) times its products: operands come over shared memory.
 As fitted to the dense products of `benchmarks/calibrate_silicon.py`, for all GPUs.
@@ -42,9 +49,11 @@ def arithmetic_s(kernel: Kernel, gpu: Gpu) -> float:
         return kernel.flops / reachable
     rows = kernel.rows_per_expert if kernel.kind == "grouped_gemm" else None
     if rows is None:
-        counts = {height: ceil(kernel.rows / height) * kernel.batch for height in (TILE, TILE // 2)}
+        heights: tuple[int, ...] = (TILE, SHORT) if kernel.rows > SHORT else _LOW
+        counts = {height: ceil(kernel.rows / height) * kernel.batch for height in heights}
     else:
-        counts = {TILE: float(sum(ceil(count / TILE) for count in rows))}
+        heights = (TILE,) if max(rows, default=0) > SHORT else _LOW
+        counts = {height: float(sum(ceil(count / height) for count in rows)) for height in heights}
     return _tiles_s(kernel, gpu, counts, reachable)
 
 

@@ -13,7 +13,7 @@ from math import ceil, exp, floor
 import numpy as np
 
 from moeplan.compiler.works import work
-from moeplan.cost.compute import TILE, arithmetic_s, reachable_flops_per_s, start_s
+from moeplan.cost.compute import SHORT, SHORTEST, TILE, arithmetic_s, reachable_flops_per_s, start_s
 from moeplan.cost.cost_model import CostModel, beside_memory_s
 from moeplan.domain.feed_forward import Experts
 from moeplan.domain.placement import PlacementProblem
@@ -102,11 +102,17 @@ class LeastExperts:
         parts, copies = self.plan.overlap_degree, self.plan.ep if self.replicas else 1
         mean_E = np.maximum(tokens_E - 0.5 * copies, 0.0) / parts
         least_E = np.maximum(np.floor(mean_E) - copies, 0.0)
-        tiles = float(np.ceil(least_E / TILE).sum()) / self.plan.ep
+        height = self._height(least_E / copies)
+        tiles = float(np.ceil(least_E / height).sum()) / self.plan.ep
         read = int(np.count_nonzero(tokens_E / copies - 0.5 >= parts)) // self.plan.ep
-        mean_s = self._fluid_s(floor(float(mean_E.sum()) / self.plan.ep), tiles=tiles, read=read)
-        hottest = max(mean_s, self._tiles_s(ceil(tiles * (1 - _ROUNDING))))
+        mean_s = self._fluid_s(floor(float(mean_E.sum()) / self.plan.ep), padded=tiles * height, read=read)
+        hottest = max(mean_s, self._tiles_s(ceil(tiles * (1 - _ROUNDING)), height))
         return ExpertSeconds(hottest=max(hottest, self._fullest_s(tokens_E)), mean=mean_s)
+
+    @staticmethod
+    def _height(rows_E: Floats) -> int:
+        """Of the tiles of every place: low ones where one may hold no expert with more rows than `SHORT`."""
+        return TILE if rows_E.min() > SHORT else SHORTEST
 
     def _measured(self, tokens_E: Floats) -> ExpertSeconds:
         """Of a place on average, where products were measured: they know no tiles, and each row costs the same."""
@@ -123,21 +129,22 @@ class LeastExperts:
         held = -(-tokens_E.size // self.plan.ep)
         most = max(bound for bound, _ in token_bounds(problem)) - 0.5 * held
         rows = max(0, floor(most / self.plan.overlap_degree * (1 - _ROUNDING)) - held)
-        return self.cost_model.cost(self._work((rows,))).seconds
+        together = (rows,) if rows > SHORT * held else (rows // held,) * held
+        return self.cost_model.cost(self._work(together)).seconds
 
-    def _tiles_s(self, tiles: int) -> float:
+    def _tiles_s(self, tiles: int, height: int) -> float:
         """Of the place with most tiles of rows: the products alone, and the launches of all."""
         gpu = self.cost_model.gpu
-        kernels = self._work((tiles * TILE,)).kernels
+        kernels = self._work((height,) * tiles if height < TILE else (tiles * TILE,)).kernels
         grouped = [
             start_s(kernel, gpu) + arithmetic_s(kernel, gpu) if kernel.kind == "grouped_gemm" and kernel.flops else 0.0
             for kernel in kernels
         ]
         return sum(max(seconds, gpu.kernel_launch_s) for seconds in grouped)
 
-    def _fluid_s(self, rows: int, *, tiles: float, read: int) -> float:
-        """Of a place on average: its rows and tiles as if neither tiles nor waves were whole; it reads `read` experts
-        in every part.
+    def _fluid_s(self, rows: int, *, padded: float, read: int) -> float:
+        """Of a place on average: its rows, with padding, as if neither tiles nor waves were whole; it reads `read`
+        experts in every part.
         """
         gpu, held = self.cost_model.gpu, max(1, read)
         kernels = self._work(tuple((at + 1) * rows // held - at * rows // held for at in range(held))).kernels
@@ -146,7 +153,7 @@ class LeastExperts:
             if kernel.kind != "grouped_gemm":
                 seconds = self.cost_model.kernel_s(kernel)
             else:
-                wasted = max(1.0, tiles * TILE / rows) if rows else 1.0
+                wasted = max(1.0, padded / rows) if rows else 1.0
                 fluid_s = kernel.flops * wasted / reachable_flops_per_s(kernel, gpu)
                 seconds = beside_memory_s(fluid_s, self.cost_model.memory_s(kernel))
                 seconds += start_s(kernel, gpu) if seconds else 0.0
