@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,8 +76,23 @@ def validate(
     )
 
 
+_OTHERS = (
+    ("overlap_degree", 1), ("overlap_degree", 2), ("pp", 2), ("tp", 2), ("ep", 2), ("overlap_degree", 4), ("ep", 1),
+    ("pp", 1), ("tp", 1),
+)  # fmt: skip
+"""Choices whose best plans are candidates, in this order."""
+
+
 def _best(problem: Scenario, count: int, progress: Progress | None) -> list[Plan]:
+    """The best plan, and the best of others that differ in a degree, an overlap or a schedule."""
     from moeplan.validator.validate import candidates
 
     result = api.plan(problem, progress=progress)
-    return candidates(problem, [result.plan, *(each.plan for each in result.runners_up)], count)
+    found = [result.plan, *(each.plan for each in result.runners_up)]
+    for field, value in _OTHERS if count > 1 else ():
+        if len(candidates(problem, found, count)) == count:
+            break
+        if getattr(result.plan, field) != value:
+            with suppress(MoeplanError):
+                found.append(api.plan(api.load(problem, {f"choose.{field}": value}), progress=progress).plan)
+    return candidates(problem, found, count)

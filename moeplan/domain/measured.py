@@ -54,6 +54,8 @@ class Measured:
     """Seconds of the executor's yardstick then."""
     process_memory_bytes: Positive
     """Of a rank's process beside its tensors."""
+    jitter: NotNegative = 0.0
+    """The standard deviation of the logarithm of a task's time from step to step, where several ranks compute."""
     products: Mapping[str, Mapping[str, Terms]] = field(default_factory=dict, hash=False)
     tasks: Mapping[str, Mapping[str, Terms]] = field(default_factory=dict, hash=False)
     exchanges: Mapping[str, Table] = field(default_factory=dict, hash=False)

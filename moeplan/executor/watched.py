@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,8 +30,9 @@ class Operation(NamedTuple):
 class Watch(TorchDispatchMode):
     """Notes what runs while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.task, self.found = -1, list[Operation]()
         self.adds = False
 
@@ -40,15 +42,22 @@ class Watch(TorchDispatchMode):
         is_sum, self.adds = self.adds and name == "add_", self.adds and name != "add_"
         if name != "mm" and not name.startswith(_ATTENTION) and not is_sum:
             return function(*args, **(kwargs or {}))
-        began_s = time.thread_time()
+        began_s = self._now_s()
         result = function(*args, **(kwargs or {}))
-        seconds = time.thread_time() - began_s
+        seconds = self._now_s() - began_s
         if is_sum:
             seconds += self.found.pop().seconds
         kind = WEIGHT_GRADIENT if is_sum else _kind(name, args)
         self.found.append(Operation(self.task, kind, seconds))
         self.adds = kind == WEIGHT_GRADIENT and not is_sum
         return result
+
+    def _now_s(self) -> float:
+        """Of this thread's processor; on a GPU of the clock, once it has done all that it was given."""
+        if self.device.type != "cuda":
+            return time.thread_time()
+        torch.cuda.synchronize(self.device)
+        return time.monotonic()
 
 
 def _kind(name: str, args: Any) -> int:

@@ -13,6 +13,8 @@ import argparse
 import gc
 import json
 import os
+import select
+import shutil
 import sys
 import threading
 import time
@@ -50,6 +52,7 @@ _OF_STREAM = {
 _WIRES = ("tensor", "expert", "shard", "up", "down", "beside")
 _ROUNDS = 20
 """Of which the shortest tells how far the clock of another machine is off."""
+_TRIES = 20
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -65,13 +68,17 @@ def main(words: Sequence[str] | None = None) -> None:
     is_child = given.scenario is None
     given.folder.mkdir(parents=True, exist_ok=True)
     if is_child:
-        threading.Thread(target=_end_with_parent, args=(given.folder, rank), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(given.folder,), daemon=True).start()
     try:
         jobs = json.loads((given.folder / "jobs.json").read_text()) if is_child else [_job(given, world_size)]
         _Process(given.folder, rank, world_size, jobs, is_child=is_child).run()
     except BaseException as error:
+        _ending.acquire()
         note = {"rank": rank, "time_s": time.time(), "message": str(error) or type(error).__name__}
-        (given.folder / f"error-{rank}.json").write_text(json.dumps(note))
+        if given.folder.exists():
+            (given.folder / f"error-{rank}.json").write_text(json.dumps(note))
+        if is_child and select.select([sys.stdin], [], [], 0)[0]:  # the others are only gone since the parent is
+            _remove(given.folder)
         print(f"moeplan: rank {rank}: {note['message']}", file=sys.stderr, flush=True)
         if not isinstance(error, MoeplanError):
             sys.excepthook(type(error), error, error.__traceback__)
@@ -80,14 +87,26 @@ def main(words: Sequence[str] | None = None) -> None:
     os._exit(0)  # threads that wait for a rank that is gone must not hold the process
 
 
-def _end_with_parent(folder: Path, rank: int) -> None:
-    """The parent never writes: what is read is its end."""
-    os.read(sys.stdin.fileno(), 1)
-    if rank == 0:
-        import shutil
+_ending = threading.Lock()
+"""Held by the thread that ends the process."""
 
-        shutil.rmtree(folder, ignore_errors=True)
+
+def _end_with_parent(folder: Path) -> None:
+    """The parent never writes: what is read is its end. Each rank removes the folder, for another that is still at work
+    may have put a file into it meanwhile.
+    """
+    os.read(sys.stdin.fileno(), 1)
+    _ending.acquire()
+    _remove(folder)
     os._exit(3)
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
 
 
 def _job(given: argparse.Namespace, world_size: int) -> dict[str, Any]:
@@ -183,7 +202,7 @@ class _Process:
             progress=self.progress, device=device, more_waits=rank.more_waits,
         )  # fmt: skip
         self.progress[DONE] += 1
-        found, yardstick, watch = _Measured(), Yardstick(device), Watch() if job.get("watches") else None
+        found, yardstick, watch = _Measured(), Yardstick(device), Watch(device) if job.get("watches") else None
         if watch is not None:
             runner.handle = watched(handle, watch)
         forget_peak()

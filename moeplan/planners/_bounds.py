@@ -343,7 +343,8 @@ class Bounds:
         tensor, context = cheapest(prices, grid, "tp"), cheapest(prices, grid, "cp")
         sizes = tuple(len(values) for values in branch.lists[:4])
         columns = {
-            name: np.zeros((len(kinds), *sizes)) for name in ("t", "c", "x", "d", "h", "b", "df", "bf", "db", "bb", "e")
+            name: np.zeros((len(kinds), *sizes))
+            for name in ("t", "c", "x", "xf", "d", "h", "b", "df", "bf", "db", "bb", "e")
         }
         experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 2, 4))
         for m, micro_batch in enumerate(branch.micro_batch):
@@ -365,6 +366,7 @@ class Bounds:
         return [
             Exchanges(
                 tensor=columns["t"][k].ravel(), context=columns["c"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
+                expert_tensor_flow=columns["xf"][k].ravel(),
                 dispatch=columns["d"][k].ravel(), dispatch_hottest=columns["h"][k].ravel(),
                 combine=columns["b"][k].ravel(), dispatch_flow=columns["df"][k].ravel(),
                 combine_flow=columns["bf"][k].ravel(), dispatch_bytes=columns["db"][k].ravel(),
@@ -401,6 +403,7 @@ class Bounds:
             for o, parts in enumerate(branch.overlap_degree):
                 rows = sum(load.rows(kind.moe, hottest(load, kind.moe), part=0, parts=parts))
                 out["x"][..., o] = wire.latency_s + wire.per_byte_s * rows * width
+                out["xf"][..., o] = wire.flow_s_per_byte * rows * width
 
 
 def _spread(table: Floats, sizes: tuple[int, ...]) -> Floats:
@@ -420,7 +423,8 @@ def _by_parts(
     for o, parts in enumerate(branch.overlap_degree):
         at = slice(o, None, len(branch.overlap_degree))
         some = Exchanges(
-            tensor=x.tensor[at], context=x.context[at], expert_tensor=x.expert_tensor[at], dispatch=x.dispatch[at],
+            tensor=x.tensor[at], context=x.context[at], expert_tensor=x.expert_tensor[at],
+            expert_tensor_flow=x.expert_tensor_flow[at], dispatch=x.dispatch[at],
             dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], dispatch_flow=x.dispatch_flow[at],
             combine_flow=x.combine_flow[at], dispatch_bytes=x.dispatch_bytes[at], combine_bytes=x.combine_bytes[at],
             early=x.early[at], is_even=x.is_even, shares=x.shares,

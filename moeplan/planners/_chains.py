@@ -23,6 +23,8 @@ class Exchanges:
     tensor: Floats
     context: Floats
     expert_tensor: Floats
+    expert_tensor_flow: Floats
+    """While its bytes are on the wires."""
     dispatch: Floats
     """One part of the tokens, until all places have theirs."""
     dispatch_hottest: Floats
@@ -132,6 +134,10 @@ def _routed(cost: dict[str, Floats], x: Exchanges, parts: int) -> tuple[Floats, 
     sent = parts * (x.dispatch + x.combine)
     if x.is_even:
         flow = parts * (x.dispatch_flow + x.combine_flow)
+        # What moves before the first experts and behind the last slows nothing down, all else does.
+        moving, share = np.maximum(flow, 2 * parts * x.expert_tensor_flow), x.shares.compute
+        alone = there + 2 * x.expert_tensor + x.combine
+        back = np.maximum(back, parts * cost["steady_experts"] + (1 - share) * moving + share * alone)
         back = np.maximum(back, beside_s(cost["shared"] + parts * cost["experts"], sent, flow, x.shares))
     return np.maximum(np.maximum(back, beside), free), sent
 

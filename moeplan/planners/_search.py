@@ -15,17 +15,18 @@ from moeplan.cost.cost_model import CostModel
 from moeplan.domain.causes import breakdown_s
 from moeplan.domain.plan import Plan
 from moeplan.domain.program import Floats
+from moeplan.domain.timeline import Timeline
 from moeplan.errors import InfeasibleError
 from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
 from moeplan.planners._filled import Filled
 from moeplan.planners._places import best_placed, is_open
+from moeplan.planners._queue import Entry, Flags, Later, Opened, Weighed
 from moeplan.planners._space import Branch, Space, no_layout
 from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
 
 Progress = Callable[[str, float, float], None]
-Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 _PATIENCE = 5
 """Times the time limit that the search goes on for as long as it has no plan at all."""
 _ROUNDING = 1e-9
@@ -39,42 +40,12 @@ _SELDOM: dict[str, object] = {"arbitration": "fair"}
 _OFTEN: dict[str, object] = _SELDOM | {"zero_dense": 0, "zero_expert": 0}
 _FAR = 0.1
 """Plans that differ in ZeRO from one that is farther from the best are left for later."""
+_LOOSE = 1.3
+"""Where steps are farther above their bounds these do not tell one plan from another."""
 _UNFIT = 20
 """Branches in which the fastest plan that does not fit is looked for."""
 KEPT = 64
 """Plans with a closer bound that are remembered as runners-up."""
-
-
-@dataclass(order=True, slots=True)
-class _Entry:
-    """A branch not yet opened, an opened one (by its best plan left), or a plan with a closer bound."""
-
-    bound_s: float
-    number: int
-    rank: int = field(compare=False)
-    """0: branch at a glance, 1: branch by its pipeline, 2: by those of its plans that fit, 3: opened, 4: plan."""
-    what: object = field(compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weighed:
-    """A branch, of whose plans some fit."""
-
-    branch: Branch
-    fits: Flags
-    spare: Flags
-    """Which have room for replicas."""
-
-
-@dataclass(slots=True)
-class _Opened:
-    """The plans of a branch in the order of their bounds."""
-
-    branch: Branch
-    bounds_s: Floats
-    order: np.ndarray[tuple[int], np.dtype[np.int64]]
-    spare: Flags
-    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +86,11 @@ class Search:
     proven: bool = False
     simulated_tasks: int = 0
     looked_at: int = 0
-    _queue: list[_Entry] = field(default_factory=list)
-    _later: list[_Entry] = field(default_factory=list)
-    """Plans that differ little from simulated ones that are not good."""
-    _unfit: list[tuple[float, int, _Weighed]] = field(default_factory=list)
+    _queue: list[Entry] = field(default_factory=list)
+    _later: Later = field(default_factory=Later)
+    _over: dict[tuple[object, ...], float] = field(default_factory=dict)
+    """By how much the steps of plans of one family are over their bounds, at least."""
+    _unfit: list[tuple[float, int, Weighed]] = field(default_factory=list)
     """Branches with plans that do not fit, by the least that a pipeline of those takes."""
     _known_s: dict[Plan, float] = field(default_factory=dict)
     """The least step of plans that differ little, by what they have in common."""
@@ -152,14 +124,13 @@ class Search:
         self._bound_branches()
         while self._queue or self._later:
             ahead = self._queue and (not self._later or not self._is_enough(self._queue[0].bound_s))
-            self.front_s = min(heap[0].bound_s for heap in (self._queue, self._later) if heap)
+            self.front_s = min(inf if not self._queue else self._queue[0].bound_s, self._later.least_s)
             if self._is_enough(self.front_s) or self._is_over(started):
                 break
             if ahead:
                 self._advance(heapq.heappop(self._queue))
             else:
-                entry = heapq.heappop(self._later)
-                self.simulate(_plan_of(entry), entry.bound_s)
+                self._simulate(self._later.pop())
         else:
             self.front_s = np.inf
         if self.best is None:
@@ -177,9 +148,9 @@ class Search:
             if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
                 if isinstance(entry.what, Branch):
                     total += prod(len(values) for values in entry.what.lists)
-                elif isinstance(entry.what, _Weighed):
+                elif isinstance(entry.what, Weighed):
                     total += int(entry.what.fits.sum())
-                elif isinstance(entry.what, _Opened):
+                elif isinstance(entry.what, Opened):
                     opened = entry.what
                     total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
                 else:
@@ -210,9 +181,9 @@ class Search:
 
     def _push(self, bound_s: float, rank: int, what: object) -> None:
         self._count += 1
-        heapq.heappush(self._queue, _Entry(bound_s, self._count, rank, what))
+        heapq.heappush(self._queue, Entry(bound_s, self._count, rank, what))
 
-    def _advance(self, entry: _Entry) -> None:
+    def _advance(self, entry: Entry) -> None:
         if entry.rank == 0:
             assert isinstance(entry.what, Branch)
             self._push(max(entry.bound_s, float(self._glance.bounds.pipeline_s(entry.what).min())), 1, entry.what)
@@ -220,24 +191,31 @@ class Search:
             assert isinstance(entry.what, Branch)
             self._weigh(entry.what, entry.bound_s)
         elif entry.rank == 2:
-            assert isinstance(entry.what, _Weighed)
+            assert isinstance(entry.what, Weighed)
             self._open(entry.what)
         elif entry.rank == 3:
-            assert isinstance(entry.what, _Opened)
+            assert isinstance(entry.what, Opened)
             self._next_plan(entry.what)
         else:
             assert isinstance(entry.what, Plan)
-            if self._is_promising(entry.what):
-                self.simulate(entry.what, entry.bound_s)
+            likely_s = entry.bound_s * min(_LOOSE, self._over.get(_family(entry.what), 1.0))
+            if self._is_promising(entry.what, likely_s):
+                self._simulate(entry)
             else:
-                heapq.heappush(self._later, entry)
+                self._later.push(likely_s, entry)
 
-    def _is_promising(self, plan: Plan) -> bool:
-        """Whether plans that differ in what seldom counts are not simulated yet, and those of other ZeRO stages are not
-        far from the best.
+    def _simulate(self, entry: Entry) -> None:
+        assert isinstance(entry.what, Plan)
+        self.simulate(entry.what, entry.bound_s)
+
+    def _is_promising(self, plan: Plan, likely_s: float) -> bool:
+        """Whether it is likely to be better than the best, plans that differ in what seldom counts are not simulated
+        yet, and those of other ZeRO stages are not far from the best.
         """
         if self.best is None:
             return True
+        if likely_s >= self.best.step_s:
+            return False
         far_s = self.best.step_s * (1 + _FAR)
         return _but_for(plan, _SELDOM) not in self._known_s and self._known_s.get(_but_for(plan, _OFTEN), 0.0) <= far_s
 
@@ -245,12 +223,9 @@ class Search:
         """What was left for later of the plans that differ from the best in what seldom counts."""
         assert self.best is not None
         alike = _but_for(self.best.plan, _SELDOM)
-        chosen = [entry for entry in sorted(self._later) if _but_for(_plan_of(entry), _SELDOM) == alike]
-        for entry in chosen:
+        for entry in self._later.take(lambda plan: _but_for(plan, _SELDOM) == alike):
             if entry.bound_s < self.best.step_s:
-                self._later.remove(entry)
-                self.simulate(_plan_of(entry), entry.bound_s)
-        heapq.heapify(self._later)
+                self._simulate(entry)
 
     @property
     def _glance(self) -> StepBounds:
@@ -285,17 +260,17 @@ class Search:
             spare = fits & (_each(self.filled.share(branch, spare=True, evened=True), branch) <= 1)
         if spare.any():
             found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
-        weighed = _Weighed(branch, fits, spare)
+        weighed = Weighed(branch, fits, spare)
         self._push(max(bound_s, float(found[fits].min())), 2, weighed)
         if not fits.all():
             self._unfit.append((float(found[~fits].min()), self._count, weighed))
 
-    def _open(self, weighed: _Weighed) -> None:
+    def _open(self, weighed: Weighed) -> None:
         """The plans of a branch that fit, best bound first."""
         bounds = self._branch_s(weighed.branch, weighed.spare)
         order = np.argsort(bounds, kind="stable")
         order = order[weighed.fits[order]]
-        self._push(float(bounds[order[0]]), 3, _Opened(weighed.branch, bounds, order, weighed.spare))
+        self._push(float(bounds[order[0]]), 3, Opened(weighed.branch, bounds, order, weighed.spare))
 
     def _branch_s(self, branch: Branch, spare: Flags) -> Floats:
         """Of every plan; those with a slot to `spare` on each place may have replicas."""
@@ -319,7 +294,7 @@ class Search:
             if over[fastest] < known_s:
                 self.too_big = (float(over[fastest]), self.space.plan(weighed.branch, fastest))
 
-    def _next_plan(self, opened: _Opened) -> None:
+    def _next_plan(self, opened: Opened) -> None:
         index = int(opened.order[opened.at])
         plan = self.space.plan(opened.branch, index)
         opened.at += 1
@@ -334,8 +309,16 @@ class Search:
         if len(self.bounded) > 4 * KEPT:
             self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]
 
+    def _timeline(self, plan: Plan) -> Timeline:
+        found = simulate(compile_plan(plan, self.scenario), self.cost_model)
+        self.simulated_tasks += len(found.program.tasks)
+        return found
+
     def simulate(self, plan: Plan, bound_s: float) -> None:
-        """Simulates a plan and remembers it; its experts are placed first where that is open."""
+        """Simulates a plan and remembers it; its experts are placed first where that is open. Small programs are also
+        simulated with their experts in blocks.
+        """
+        in_blocks = plan
         if self.places and plan.placement is None and is_open(plan, self.scenario):
             self.placed_s = min(self.placed_s, bound_s)
             placed = best_placed(plan, self.scenario)
@@ -343,8 +326,11 @@ class Search:
                 self.infeasible += 1
                 return
             plan = placed
-        timeline = simulate(compile_plan(plan, self.scenario), self.cost_model)
-        self.simulated_tasks += len(timeline.program.tasks)
+        timeline = self._timeline(plan)
+        if plan is not in_blocks and len(timeline.program.tasks) <= EFFORT_LOOK:
+            other = self._timeline(in_blocks)
+            if other.step_s < timeline.step_s and footprint.filled_share(in_blocks, self.scenario) <= 1:
+                plan, timeline = in_blocks, other
         peak = self.scenario.cluster.gpu.peak_flops_per_s[plan.precision.compute]
         found = Tried(
             plan=plan,
@@ -358,6 +344,8 @@ class Search:
         for fields in (_SELDOM, _OFTEN):
             alike = _but_for(plan, fields)
             self._known_s[alike] = min(found.step_s, self._known_s.get(alike, np.inf))
+        family, over = _family(plan), found.step_s / bound_s if bound_s else 1.0
+        self._over[family] = min(over, self._over.get(family, np.inf))
         if self.best is None or found.step_s < self.best.step_s:
             self.best = found
         if self.progress is not None:
@@ -369,9 +357,9 @@ def _each(table: Floats, branch: Branch) -> Floats:
     return np.broadcast_to(table[..., None], (*table.shape, len(branch.arbitration))).ravel()
 
 
-def _plan_of(entry: _Entry) -> Plan:
-    assert isinstance(entry.what, Plan)
-    return entry.what
+def _family(plan: Plan) -> tuple[object, ...]:
+    """What makes bounds loose: plans of one family are about as far above theirs."""
+    return plan.schedule, plan.overlap_degree
 
 
 def _but_for(plan: Plan, fields: Mapping[str, object]) -> Plan:

@@ -25,11 +25,11 @@ by what a process did before, not even by a rounding."""
 
 def simulate(
     program: Program, cost_model: CostModel, *, noise: Noise | None = None, engine: Engine = "auto",
-    slowness_L: Floats | None = None,
+    slowness_T: Floats | None = None,
 ) -> Timeline:  # fmt: skip
     """When every task runs. The same program, costs and noise give the same timeline, to the last bit.
 
-    `slowness_L` are factors of each lane's kernels. Both engines say the same but for rounding: `simpy` is written to
+    `slowness_T` are factors of each task's kernels. Both engines say the same but for rounding: `simpy` is written to
     be read, `compiled` to be fast, once it is loaded. Ranks that share processors take turns in the former alone.
     Raises SimulationError if tasks wait for one another, or if a conservation law is broken (a defect of moeplan).
     """
@@ -41,8 +41,8 @@ def simulate(
     launch[compute] = np.array([cost.launch_s for cost in costs])[units]
     if noise is not None:
         seconds *= factors(program, noise)
-    if slowness_L is not None:
-        seconds[compute] *= slowness_L[program.tasks.lane_T[compute]]
+    if slowness_T is not None:
+        seconds[compute] *= slowness_T[compute]
     takes_turns = cost_model.shares.processors < program.num_gpus
     if takes_turns and engine == "compiled":
         raise SimulationError("engine 'compiled' knows no ranks that share processors; use auto or simpy")

@@ -20,14 +20,14 @@ from moeplan.partition.footprint import footprint
 from moeplan.validator.cases import Case, of_many_ranks, of_one_rank, overlapping
 from moeplan.validator.device import device_name, environment
 from moeplan.validator.fit import Residual, fit_table, fit_terms, table_errors
-from moeplan.validator.samples import Run, Sample
+from moeplan.validator.samples import Run, Sample, jitter, meetings
 
 Progress = Callable[[str, float, float | None], None]
 _STEPS, _WATCHED = 9, 6
 """Of each case, and of each case once more with its products noted one by one."""
-_LEAST_SHARE = 0.3
-"""Two threads that want one core have half of it each; less than this would be a measurement gone wrong."""
-_ONLY_MANY = frozenset({"router"})
+_LEAST_SHARE = 0.02
+"""Where threads that exchange come first nothing is left beside them; but kernels that stand still never end."""
+_OF_MANY = frozenset({"router"})
 """Tasks that one rank alone does not have."""
 
 
@@ -112,6 +112,7 @@ class _Found:
             np.median(np.concatenate([each.repetitions.yardstick_s_SR[1:].ravel() for each in self.all]))
         )
         runs = [Run(found=each, reference_s=reference_s, is_held_out=case.is_held_out) for case, each in self.runs]
+        beside = [Run(found=each, reference_s=reference_s) for each in self.beside]
         products = self._products(runs)
         tasks = self._tasks(runs, products)
         exchanges = self._exchanges(runs)
@@ -120,10 +121,12 @@ class _Found:
             device=device_name(device), processors=cores if device == "cpu" else 10**6, reference_s=reference_s,
             process_memory_bytes=float(np.median([_own_memory_bytes(each) for each in self.first])),
             products=products, tasks=tasks, exchanges=exchanges,
+            jitter=jitter([run for run in (*runs, *beside) if len(run.program.lanes) > 1]),
         )  # fmt: skip
+        alone_s = None if device == "cpu" else CostModel(gpu=replace(scenario.cluster.gpu, measured=measured))
         clean = [each.repetitions.is_clean_S[1:] for each in self.all]
         return Calibration(
-            base=scenario.cluster.gpu.name, measured=measured, compute_share=self._share(scenario, measured),
+            base=scenario.cluster.gpu.name, measured=measured, compute_share=compute_share(beside, alone_s),
             residuals=tuple(self.residuals), environment=environment(device),
             date=datetime.now(UTC).strftime("%Y-%m-%d"), dropped=sum(int((~each).sum()) for each in clean),
             repetitions=sum(len(each) for each in clean),
@@ -146,8 +149,8 @@ class _Found:
         pairs: list[tuple[Sample, Work]] = []
         for run in runs:
             if not len(run.found.repetitions.operations):
-                kinds = None if len(run.program.lanes) == 1 else _ONLY_MANY
-                pairs += run.task_samples(kinds=kinds)
+                alone = len(run.program.lanes) == 1
+                pairs += [pair for pair in run.task_samples() if (pair[1].kind in _OF_MANY) != alone]
         found: dict[str, dict[str, Terms]] = defaultdict(dict)
         works = {id(sample): work for sample, work in pairs}
         for (dtype, name), group in _grouped([sample for sample, _ in pairs]).items():
@@ -176,21 +179,6 @@ class _Found:
         errors = [each / sample.seconds - 1 for each, sample in zip(predicted, samples, strict=True)]
         self.residuals.append(Residual.of(name, samples, errors))
 
-    def _share(self, scenario: Scenario, measured: Measured) -> float:
-        """Over experts that have more or less of an exchange beside them, the least squares of
-
-            took = factor x cost + (1 - share) x seconds of exchanges beside
-
-        in each run, where the factor is what the cost model is off by there; the median over runs.
-        """
-        model = CostModel(gpu=replace(scenario.cluster.gpu, measured=measured))
-        found = []
-        for each in self.beside:
-            took_N, cost_N, beside_N = _experts(Run(found=each, reference_s=measured.reference_s), model).T
-            lost = np.linalg.lstsq(np.stack([cost_N, beside_N], axis=1), took_N, rcond=None)[0][1]
-            found.append(1.0 - float(lost))
-        return float(np.clip(np.median(found), _LEAST_SHARE, 1.0)) if found else 1.0
-
 
 def _own_memory_bytes(found: Execution) -> float:
     """What a process takes beside the tensors of its job: the interpreter, libraries, and what these keep."""
@@ -216,16 +204,37 @@ def _products_s(work: Work, products: Mapping[str, Mapping[str, Terms]]) -> floa
     )
 
 
-def _experts(run: Run, model: CostModel) -> Floats:
-    """For each task of experts what it took, what it costs alone, and how long exchanges were on beside it."""
-    tasks, rows = run.program.tasks, []
+def compute_share(runs: Sequence[Run], model: CostModel | None) -> float:
+    """What is left of a kernel's speed beside an exchange: the least squares of
+
+        took = factor x alone + (1 - share) x seconds of exchanges beside
+
+    over the tasks of all runs, where the factor is what `alone` is off by without any exchange.
+    """
+    rows = [_beside_exchanges(run, model) for run in runs]
+    if not rows:
+        return 1.0
+    took_N, alone_N, beside_N = np.concatenate(rows).T
+    lost = np.linalg.lstsq(np.stack([alone_N, beside_N], axis=1), took_N, rcond=None)[0][1]
+    return float(np.clip(1.0 - lost, _LEAST_SHARE, 1.0))
+
+
+def _beside_exchanges(run: Run, model: CostModel | None) -> Floats:
+    """For each task that computes what it took, what it would alone, and how long exchanges were on beside it.
+
+    Alone it takes the time of its thread's processor, or what a cost model says. Before its last member has come to it
+    an exchange takes nothing.
+    """
+    tasks, start_s_ST = run.program.tasks, np.array(run.start_s_ST)
+    for members in meetings(run.program).values():
+        start_s_ST[:, members] = start_s_ST[:, members].max(axis=1, keepdims=True)
+    rows = []
     for task in np.flatnonzero(tasks.stream_T == Stream.COMPUTE).tolist():
+        others = np.flatnonzero((tasks.lane_T == tasks.lane_T[task]) & (tasks.stream_T != Stream.COMPUTE))
+        start_S, end_S = start_s_ST[:, task, None], run.end_s_ST[:, task, None]
+        both_SX = np.minimum(run.end_s_ST[:, others], end_S) - np.maximum(start_s_ST[:, others], start_S)
+        beside_S, took_S = np.maximum(both_SX, 0.0).sum(axis=1), (end_S - start_S)[:, 0]
         work = run.program.works[int(tasks.unit_T[task])]
-        if work.kind != "experts":
-            continue
-        others = np.flatnonzero((tasks.lane_T == tasks.lane_T[task]) & (tasks.stream_T == Stream.EXPERT))
-        start_S, end_S = run.start_s_ST[:, task, None], run.end_s_ST[:, task, None]
-        both_SX = np.minimum(run.end_s_ST[:, others], end_S) - np.maximum(run.start_s_ST[:, others], start_S)
-        beside_S = np.maximum(both_SX, 0.0).sum(axis=1)
-        rows.append((run.median_s((end_S - start_S)[:, 0]), model.cost(work).seconds, run.median_s(beside_S)))
+        alone_S = run.own_s_ST[:, task] if model is None else model.cost(work).seconds / run.speed_S
+        rows.append([run.mean_s(each) for each in (took_S, alone_S, beside_S)])
     return np.array(rows)

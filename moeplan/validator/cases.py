@@ -126,6 +126,7 @@ def of_many_ranks(base: Scenario, ranks: int, *, quick: bool) -> Iterator[Case]:
 
 
 def overlapping(base: Scenario, ranks: int) -> Iterator[Case]:
-    """Exchanges beside experts."""
-    for shape in (FITTED[0], FITTED[3]):
-        yield _case(base, shape, "fp32", {"dp": ranks, "ep": ranks, "overlap_degree": 2})
+    """Exchanges beside experts, more and less of them."""
+    for shape in (FITTED[0], FITTED[3], FITTED[5]):
+        for parts in (1, 2, 4):
+            yield _case(base, shape, "fp32", {"dp": ranks, "ep": ranks, "overlap_degree": parts})

@@ -100,14 +100,18 @@ def task_error(predicted: Timeline, measured: Timeline) -> float:
     return float(np.abs(one - other).sum() / other.sum()) if other.sum() else 0.0
 
 
-def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:
+def kendall_tau(predicted: Sequence[float], measured: Sequence[float], *, noise: Sequence[float] = ()) -> float:
     """Pairs in the same order less pairs in the other, over all pairs that both tell apart (tau-b); 1 without any.
+
+    `noise` are coefficients of variation of the measured values: two that differ by less than theirs are a tie.
 
     Reference: Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945.
     """
     agree, one, other = 0, 0, 0
     for i, j in combinations(range(len(predicted)), 2):
         a, b = np.sign(predicted[i] - predicted[j]), np.sign(measured[i] - measured[j])
+        if noise and abs(measured[i] - measured[j]) <= np.hypot(noise[i] * measured[i], noise[j] * measured[j]):
+            b = 0
         agree, one, other = agree + int(a * b), one + int(a != 0), other + int(b != 0)
     return agree / float(np.sqrt(one * other)) if one and other else 1.0
 

@@ -78,6 +78,16 @@ class Run:
         """Ends in the steps that count."""
         return self._times("end_s_ST")
 
+    @cached_property
+    def own_s_ST(self) -> Floats:
+        """What tasks took in the steps that count: of the thread's processor, or of a GPU by the clock."""
+        on_processor = self.found.device == "cpu"
+        return self._times("processor_s_ST") if on_processor else self.end_s_ST - self.start_s_ST
+
+    def mean_s(self, seconds_S: Floats) -> float:
+        """Over the steps, at the reference's speed."""
+        return float(np.mean(seconds_S * self.speed_S))
+
     def median_s(self, seconds_S: Floats) -> float:
         """Over the steps, at the reference's speed."""
         return float(np.median(seconds_S * self.speed_S))
@@ -88,23 +98,20 @@ class Run:
 
     # ---- compute
 
-    def task_samples(self, *, kinds: frozenset[str] | None = None) -> Iterator[tuple[Sample, Work]]:
+    def task_samples(self) -> Iterator[tuple[Sample, Work]]:
         """Each class of task with its work: until the next task of the stream begins on one rank, where nothing else
         is waited for; the time of the thread's processor on several.
         """
         tasks, alone = self.program.tasks, len(self.program.lanes) == 1
         compute = np.flatnonzero(tasks.stream_T == Stream.COMPUTE)
         end_s_ST = np.concatenate([self.start_s_ST[:, compute[1:]], self.end_s_ST[:, compute[-1:]]], axis=1)
-        took_s_ST = end_s_ST - self.start_s_ST[:, compute] if alone else self._times("processor_s_ST")[:, compute]
+        took_s_ST = end_s_ST - self.start_s_ST[:, compute] if alone else self.own_s_ST[:, compute]
         by_unit: dict[int, list[int]] = defaultdict(list)
         for place, unit in enumerate(tasks.unit_T[compute].tolist()):
             by_unit[unit].append(place)
         for unit, places in by_unit.items():
-            work = self.program.works[unit]
-            if kinds is None or work.kind in kinds:
-                seconds_S = np.median(took_s_ST[:, places], axis=1)
-                size = elementwise_bytes(work)
-                yield self._sample(task_class(work), seconds_S, size, count=len(places)), work
+            work, seconds_S = self.program.works[unit], np.median(took_s_ST[:, places], axis=1)
+            yield self._sample(task_class(work), seconds_S, elementwise_bytes(work), count=len(places)), work
 
     def _sample(self, name: str, seconds_S: Floats, size_bytes: float, *, count: int) -> Sample:
         return Sample(
@@ -170,6 +177,20 @@ class Run:
             steps = np.arange(len(last_S))
             handed_ST[steps, last_S] = np.minimum(handed_ST[steps, last_S], np.maximum(gap_S, 0.0))
         return np.where(np.isfinite(handed_ST), handed_ST, 0.0)
+
+
+def jitter(runs: Sequence[Run]) -> float:
+    """The standard deviation of a task's time from step to step over its mean, long tasks counting more: the root of
+    the sum of squares over all tasks that compute. Of their threads' time, as what exchanges take of it is told apart.
+    """
+    spread, whole = 0.0, 0.0
+    for run in runs:
+        took_s_ST = run.own_s_ST[:, run.program.tasks.stream_T == Stream.COMPUTE] * run.speed_S[:, None]
+        steps = len(took_s_ST)
+        if steps > 1:
+            spread += float(took_s_ST.var(axis=0, ddof=1).sum())
+            whole += float((took_s_ST.mean(axis=0) ** 2).sum())
+    return (spread / whole) ** 0.5 if whole else 0.0
 
 
 def meetings(program: Program) -> dict[tuple[int, int], list[int]]:

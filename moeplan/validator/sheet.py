@@ -48,6 +48,7 @@ def _lines(found: Calibration) -> Iterator[str]:
     yield f"    processors: {_figure(str(measured.processors))}"
     yield f"    reference: {_figure(_seconds(measured.reference_s), 'of the yardstick, when all this was measured')}"
     yield f"    process_memory: {_figure(f'{measured.process_memory_bytes / 1e6:.5g} MB')}"
+    yield f"    jitter: {_figure(f'{measured.jitter:.4g}')}"
     for key, groups, prefix in (("products", measured.products, ""), ("tasks", measured.tasks, "task ")):
         yield f"    {key}:"
         for dtype, terms in groups.items():

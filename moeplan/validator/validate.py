@@ -18,6 +18,7 @@ from moeplan.domain.timeline import Timeline
 from moeplan.errors import ExecutionError
 from moeplan.executor.execute import Execution, Job, check, check_device, execute_all, problems
 from moeplan.partition.footprint import footprint
+from moeplan.simulator.noise import Noise
 from moeplan.simulator.simulate import simulate
 from moeplan.validator.device import check_cost_model
 from moeplan.validator.metrics import (
@@ -36,6 +37,8 @@ Progress = Callable[[str, float, float | None], None]
 TOLERANCES = {1: 0.06, 2: 0.08}
 """Of a step, by ranks, as the project promises at most; and with more ranks:"""
 MANY_RANKS = 0.12
+_DRAWS = 9
+"""Of a step with jitter."""
 WARM_UP = 3
 """Steps in which memory is touched for the first time, by the process and by the host of a virtual machine."""
 
@@ -76,8 +79,10 @@ class Ranking:
 
     @property
     def tau(self) -> float:
-        """Agreement of predicted and measured order: 1 the same, -1 reversed."""
-        return kendall_tau(*self._steps)
+        """Agreement of predicted and measured order: 1 the same, -1 reversed. Plans that are no farther apart than
+        their noise are not told apart.
+        """
+        return kendall_tau(*self._steps, noise=[each.step.noise for each in self.validations])
 
     @property
     def regret(self) -> float:
@@ -124,13 +129,13 @@ def validate(
             for number, run in zip(chosen, execute_all(jobs, device=where), strict=True):
                 found[number].append(run)
     return [
-        _validated(scenario, plan, runs, device=where, tolerance=tolerance)
+        _validated(scenario, plan, runs, device=where, tolerance=tolerance, seed=seed)
         for plan, runs in zip(plans, found, strict=True)
     ]
 
 
 def _validated(
-    scenario: Scenario, plan: Plan, runs: Sequence[Execution], *, device: str, tolerance: float | None
+    scenario: Scenario, plan: Plan, runs: Sequence[Execution], *, device: str, tolerance: float | None, seed: int
 ) -> Validation:
     measured = scenario.cluster.gpu.measured
     counted = [counted_steps(run) for run in runs]
@@ -139,7 +144,7 @@ def _validated(
         pairs = zip(runs, counted, strict=True)
         speed_R = np.median([_speed_R(run, steps, measured.reference_s) for run, steps in pairs], axis=0)
     speed = float(speed_R.mean())
-    predicted = slowed(_simulated(scenario, plan, speed / speed_R), speed)
+    predicted = slowed(_simulated(scenario, plan, speed / speed_R, seed), speed)
     timelines = [median_timeline(run, steps) for run, steps in zip(runs, counted, strict=True)]
     step_s = [float(np.median(run.step_s_S[steps])) for run, steps in zip(runs, counted, strict=True)]
     middle = timelines[int(np.argsort(step_s, kind="stable")[(len(step_s) - 1) // 2])]
@@ -172,10 +177,16 @@ def _speed_R(run: Execution, steps: Ints, reference_s: float) -> Floats:
     return found
 
 
-def _simulated(scenario: Scenario, plan: Plan, slowness_R: Floats) -> Timeline:
-    """With a lane for each rank, as it was run."""
-    program = compile_plan(plan, scenario, folded=False)
-    return simulate(program, CostModel(gpu=scenario.cluster.gpu), slowness_L=slowness_R)
+def _simulated(scenario: Scenario, plan: Plan, slowness_R: Floats, seed: int) -> Timeline:
+    """With a lane for each rank, as it was run. Ranks that meet wait for the slowest, so that the device's jitter makes
+    a step longer: of several steps with other draws the one that takes as long as half of them do.
+    """
+    program, model = compile_plan(plan, scenario, folded=False), CostModel(gpu=scenario.cluster.gpu)
+    slowness_T = slowness_R[program.tasks.lane_T]
+    jitter = 0.0 if model.gpu.measured is None else model.gpu.measured.jitter
+    draws = [Noise(jitter=jitter, seed=seed + draw) for draw in range(_DRAWS if jitter else 1)]
+    found = [simulate(program, model, noise=noise, slowness_T=slowness_T) for noise in draws]
+    return sorted(found, key=lambda each: each.step_s)[len(found) // 2]
 
 
 def slowed(timeline: Timeline, speed: float) -> Timeline:
@@ -208,12 +219,21 @@ def _memory(scenario: Scenario, plan: Plan, runs: Sequence[Execution], device: s
 
 
 def candidates(scenario: Scenario, plans: Sequence[Plan], count: int) -> list[Plan]:
-    """The first plan, and then those of the others that can be run, `count` in all where there are as many."""
-    found = [plans[0]]
+    """The first plan, and then those of the others that can be run, `count` in all where there are as many. Of plans
+    that differ only in what counts little the first is taken.
+    """
+    found = {_but_for_trifles(plans[0]): plans[0]}
     for plan in plans[1:]:
-        if len(found) < count and plan not in found and not any(problems(plan, scenario)):
-            found.append(plan)
-    return found
+        alike = _but_for_trifles(plan)
+        if len(found) < count and alike not in found and not any(problems(plan, scenario)):
+            found[alike] = plan
+    return list(found.values())
+
+
+def _but_for_trifles(plan: Plan) -> Plan:
+    """Without ZeRO stages, arbitration, the order of ranks and where experts stand."""
+    order = {"rank_order": "tp-cp-ep-dp-pp", "arbitration": "fair", "placement": None}
+    return plan.model_copy(update={"zero_dense": 0, "zero_expert": 0, **order})
 
 
 def document(found: Sequence[Validation]) -> dict[str, Any]:

@@ -191,8 +191,8 @@ from moeplan.emulator.emulate import Network, emulated
 with emulated(Network(nodes=2, rate_bytes_per_s=1e8)):
     import subprocess
     from moeplan.executor.launch import NODES
-    subprocess.Popen(["ip", "netns", "exec", NODES.get()[0], "sleep", "300"], start_new_session=True)
-    print("up", flush=True)
+    inside = ["ip", "netns", "exec", NODES.get()[0], "sh", "-c", "echo up; exec sleep 300"]
+    subprocess.Popen(inside, start_new_session=True)
     time.sleep(300)
 """
 

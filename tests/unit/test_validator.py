@@ -64,6 +64,8 @@ def test_tau_counts_pairs_in_order() -> None:
     assert kendall_tau([1, 2, 3], [30, 20, 10]) == -1.0
     assert kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
     assert kendall_tau([1, 1], [1, 2]) == 1.0
+    # The middle pair is closer than its noise.
+    assert kendall_tau([1, 2, 3, 4], [1, 3, 2.9, 4], noise=[0.05] * 4) == pytest.approx(5 / 30**0.5)
 
 
 def test_regret_is_what_the_chosen_plan_loses_against_the_best() -> None:
