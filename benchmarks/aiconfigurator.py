@@ -2,11 +2,12 @@
 
     python -m pip install 'moeplan[silicon]' && python benchmarks/aiconfigurator.py
 
-AIConfigurator gets the number formats that Hopper has for a model: blocks of FP8 with attention in 16 bits for DeepSeek
-and Qwen, and for GPT-OSS the formats of its checkpoint, 4-bit experts and the rest in 16 bits (its rows say NVFP4, which
-Hopper lacks). Its database is the newest that the wheel has for the framework. The rows are those of AIConfigurator's own wheel (`silicon_sample.csv`) that `tests/published` holds, whose layout and
+The rows are those of AIConfigurator's own wheel (`silicon_sample.csv`) that `tests/published` holds, whose layout and
 concurrency were read from the rows' ids, as the columns are multiplied by EP where EP is more than 1. Both tools get
-the same model, layout, precision, lengths and requests in flight. Errors are shares of the measured time.
+the same model, layout, lengths and requests in flight. AIConfigurator gets the number formats that Hopper has for a
+model: blocks of FP8 with attention in 16 bits for DeepSeek and Qwen, and those of its checkpoint for GPT-OSS, experts
+in 4 bits and the rest in 16 (its rows say NVFP4, which Hopper lacks); its database is the newest of the wheel for the
+framework. Errors are shares of the measured time.
 """
 
 from __future__ import annotations

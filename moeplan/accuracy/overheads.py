@@ -29,7 +29,7 @@ class Overheads:
     """Times that scores of attention with sinks pass through memory in a step of training: kernels that fuse them away
     came late."""
     host_dense_s: float = 0.0
-    """Host's time for forward and backward pass of one layer without experts, kernel by kernel; measured, not fitted."""
+    """Host's time for forward and backward pass of one layer without experts, kernel by kernel; measured, no fit."""
     host_routed_s: float = 0.0
     """Of one with experts."""
     host_routed_graphs_s: float = 0.0

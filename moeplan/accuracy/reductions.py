@@ -19,8 +19,9 @@ from math import inf, log2
 from moeplan.domain.cluster import Cluster
 
 _START_S = 5e-6
-"""Reference: AIConfigurator (aiconfigurator-core 0.12.0), custom_allreduce_perf tables of vLLM 0.24.0, SGLang 0.5.14 and
-TensorRT-LLM 1.3.0rc20: 8 KiB take 3.5 to 5.3 us on eight H200 and 5.3 to 8.2 on eight B200."""
+"""Reference: AIConfigurator (aiconfigurator-core 0.12.0), custom_allreduce_perf tables of vLLM 0.24.0, SGLang 0.5.14
+and TensorRT-LLM 1.3.0rc20: 8 KiB take 3.5 to 5.2 us on eight H200 and 5.3 to 8.1 on eight B200.
+"""
 _BASE_S, _NEAR_S, _FAR_S = 6.8e-6, 0.6e-6, 5.0e-6
 """Reference: NVIDIA/nccl, src/graph/tuning.cc: latencies of trees with protocol LL."""
 

@@ -40,4 +40,7 @@ def draw_parity(points: Sequence[Point], path: str | Path) -> None:
             ends = (min(measured + predicted) / 2, 2 * max(measured + predicted))
             axes.plot(ends, ends, color="black", linewidth=0.6)
             axes.set(xscale="log", yscale="log", title=kind, xlabel="measured", ylabel="predicted")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.get_major_locator().set_params(numticks=4)
             axes.tick_params(which="minor", labelleft=False, labelbottom=False)

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import moeplan as mp
 from moeplan.accuracy.cases import stages_of, training_case
-from moeplan.accuracy.fits import Observation, fit, table_of
-from moeplan.accuracy.intervals import Residual, spread_of
+from moeplan.accuracy.fits import Constants, Observation, fit, table_of
+from moeplan.accuracy.intervals import Residual, spread_of, tail_of
 from moeplan.accuracy.machines import machine_of
 from moeplan.accuracy.records import KINDS, fault, published, read
+from moeplan.accuracy.reductions import all_reduce_s
 from moeplan.accuracy.scores import Row, kendall, quantile, rankings, summary_of
 from moeplan.accuracy.steps import Step, believed_s, step_of
 from moeplan.api import simulate
@@ -269,9 +270,52 @@ def test_an_interval_knows_nothing_of_its_own_group() -> None:
     def residual(group: str, ratio: float) -> Residual:
         return Residual(kind="k", tier="interpolated", is_guessed=False, group=(group,), log_ratio=ratio, weight=1.0)
 
-    others = [residual("b", 0.01 * number) for number in range(-10, 11)]
-    low, high = spread_of(residual("a", 5.0), [*others, *[residual("a", 5.0)] * 50])
-    assert (low, high) == pytest.approx((-0.08, 0.08))
+    own = [residual("a", 5.0)] * 50
+    others = [residual(f"b{number}", 0.01 * number) for number in range(-10, 11)]
+    assert spread_of(own[0], [*others, *own]) == pytest.approx((-0.09, 0.09))
+    # One other group tells nothing of how groups differ: no tail is cut off.
+    assert spread_of(own[0], [*(replace(each, group=("b",)) for each in others), *own]) == pytest.approx((-0.1, 0.1))
+    assert [tail_of(groups) for groups in (1, 3, 19)] == pytest.approx([0.0, 0.05, 0.09])
+
+
+def test_a_gpu_is_slowed_by_what_its_power_limit_leaves_it() -> None:
+    def gpu(name: str) -> Any:
+        return mp.cluster_from("hgx-h100-rail", changes={"cluster.gpu": name}).gpu
+
+    constants = Constants(values={"energy_pj:hopper": 1.0, "energy_pj:blackwell": 0.6})
+    assert constants.slower(gpu("h100-sxm"), 16) == pytest.approx(989.5 / 700)
+    assert constants.slower(gpu("h100-sxm"), 8) == constants.slower(gpu("h100-sxm"), 16)
+    assert constants.slower(gpu("h100-96gb"), 16) == pytest.approx(989.5 / 500)
+    assert constants.slower(gpu("h20"), 16) == 1.0  # slow enough for its 400 W
+    assert constants.slower(gpu("a100-80gb-sxm"), 16) == pytest.approx(312 / 400 / 0.7)
+    assert constants.slower(gpu("b200"), 16) == pytest.approx(0.6 * 2.25)
+
+
+def test_attention_that_is_not_fused_norms_that_are_not_divided_and_layers_done_again_take_longer() -> None:
+    plain = training_case(changed(parallel__tp=2, parallel__ep=2))
+    assert plain.fuses_attention
+    assert plain.divides_norms
+    before = step_of(plain)
+    for change in ({"fuses_attention": False}, {"divides_norms": False}, {"recomputes_products": True}):
+        after = step_of(replace(plain, **change))
+        assert after.device_s > before.device_s
+        assert after.causes_s["tensor_traffic"] == before.causes_s["tensor_traffic"]
+    full = replace(plain, plan=plain.plan.model_copy(update={"recompute": "full"}))
+    half = step_of(replace(full, recomputed=0.5)).seconds
+    assert half == pytest.approx((before.seconds + step_of(full).seconds) / 2)
+    old = changed(source={"name": "here", "date": "2022-05"})
+    assert not training_case(old).fuses_attention
+    assert training_case(changed(parallel__recompute="full, block, 1 layers")).recomputed == 0.5
+
+
+def test_servers_reduce_short_messages_in_one_go_and_trees_reach_over_nodes() -> None:
+    node = mp.cluster_from("hgx-h100-rail", nodes=1)
+    short, long = (all_reduce_s(node, ranks=8, size_bytes=size) for size in (8e3, 64e6))
+    assert 5e-6 < short < 6e-6
+    assert long < 5e-6 + 7 * 64e6 / (450e9 * 0.7)  # in two turns
+    pair = mp.cluster_from("hgx-h100-rail", nodes=2)
+    assert all_reduce_s(pair, ranks=16, size_bytes=8e3) == pytest.approx(25.2e-6, rel=0.02)
+    assert all_reduce_s(node, ranks=1, size_bytes=8e3) == 0.0
 
 
 # ---- scores

@@ -1,4 +1,4 @@
-"""What is printed beside a step: the interval in which it lies, what that rests on, and `--strict`, which may refuse."""
+"""What is printed beside a step: its interval and what that rests on; `--strict`; and bad rows of one's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_step_is_printed_with_its_interval_and_its_tier(command: str) -> None:
     assert step is not None, found.stdout
     assert step[4] == "interpolated"
     document = json.loads(run(command, *MEASURED, "--json").stdout)
-    low_s, high_s = document["interval_s"]
+    low_s, high_s = document["step_interval_s"]
     assert 0 < low_s < document["step_s"] < high_s
     assert document["tier"] == "interpolated"
 
