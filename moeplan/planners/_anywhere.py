@@ -111,8 +111,8 @@ class LeastExperts:
     def _padded(self, least_E: Floats, copies: int) -> tuple[float, float]:
         """Of a place on average: tiles of `TILE` rows, and rows with those that fill up tiles.
 
-        An expert with more than `SHORT` rows makes all tiles of its place high; experts with fewer, and what another can
-        have in replicas with fewer, may stand where all tiles are low.
+        An expert with more than `SHORT` rows makes all tiles of its place high; experts with fewer, and what another
+        can have in replicas with fewer, may stand where all tiles are low.
         """
         high_E = least_E - SHORT * (copies - 1)
         high_E = np.where(high_E > SHORT, high_E, 0.0)
