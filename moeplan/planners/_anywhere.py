@@ -102,17 +102,23 @@ class LeastExperts:
         parts, copies = self.plan.overlap_degree, self.plan.ep if self.replicas else 1
         mean_E = np.maximum(tokens_E - 0.5 * copies, 0.0) / parts
         least_E = np.maximum(np.floor(mean_E) - copies, 0.0)
-        height = self._height(least_E / copies)
-        tiles = float(np.ceil(least_E / height).sum()) / self.plan.ep
+        tiles, padded = self._padded(least_E, copies)
         read = int(np.count_nonzero(tokens_E / copies - 0.5 >= parts)) // self.plan.ep
-        mean_s = self._fluid_s(floor(float(mean_E.sum()) / self.plan.ep), padded=tiles * height, read=read)
-        hottest = max(mean_s, self._tiles_s(ceil(tiles * (1 - _ROUNDING)), height))
+        mean_s = self._fluid_s(floor(float(mean_E.sum()) / self.plan.ep), padded=padded, read=read)
+        hottest = max(mean_s, self._tiles_s(ceil(tiles * (1 - _ROUNDING))))
         return ExpertSeconds(hottest=max(hottest, self._fullest_s(tokens_E)), mean=mean_s)
 
-    @staticmethod
-    def _height(rows_E: Floats) -> int:
-        """Of the tiles of every place: low ones where one may hold no expert with more rows than `SHORT`."""
-        return TILE if rows_E.min() > SHORT else SHORTEST
+    def _padded(self, least_E: Floats, copies: int) -> tuple[float, float]:
+        """Of a place on average: tiles of `TILE` rows, and rows with those that fill up tiles.
+
+        An expert with more than `SHORT` rows makes all tiles of its place high; experts with fewer, and what another
+        can have in replicas with fewer, may stand where all tiles are low.
+        """
+        high_E = least_E - SHORT * (copies - 1)
+        high_E = np.where(high_E > SHORT, high_E, 0.0)
+        tiles = float(np.ceil(high_E / TILE).sum())
+        low = float(np.ceil((least_E - high_E) / SHORTEST).sum())
+        return tiles / self.plan.ep, (tiles * TILE + low * SHORTEST) / self.plan.ep
 
     def _measured(self, tokens_E: Floats) -> ExpertSeconds:
         """Of a place on average, where products were measured: they know no tiles, and each row costs the same."""
@@ -129,13 +135,14 @@ class LeastExperts:
         held = -(-tokens_E.size // self.plan.ep)
         most = max(bound for bound, _ in token_bounds(problem)) - 0.5 * held
         rows = max(0, floor(most / self.plan.overlap_degree * (1 - _ROUNDING)) - held)
-        together = (rows,) if rows > SHORT * held else (rows // held,) * held
-        return self.cost_model.cost(self._work(together)).seconds
+        if rows <= SHORT * held:
+            return self._fluid_s(rows, padded=rows, read=1)
+        return self.cost_model.cost(self._work((rows,))).seconds
 
-    def _tiles_s(self, tiles: int, height: int) -> float:
+    def _tiles_s(self, tiles: int) -> float:
         """Of the place with most tiles of rows: the products alone, and the launches of all."""
         gpu = self.cost_model.gpu
-        kernels = self._work((height,) * tiles if height < TILE else (tiles * TILE,)).kernels
+        kernels = self._work((tiles * TILE,)).kernels
         grouped = [
             start_s(kernel, gpu) + arithmetic_s(kernel, gpu) if kernel.kind == "grouped_gemm" and kernel.flops else 0.0
             for kernel in kernels

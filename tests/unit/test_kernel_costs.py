@@ -73,7 +73,9 @@ def test_a_kernel_takes_no_less_than_its_slower_side_and_at_most_a_fifth_more(m:
 
 
 def test_an_expert_with_one_row_costs_a_tile_of_rows() -> None:
-    assert arithmetic_s(grouped((1.0,) * 264), GPU) == pytest.approx(arithmetic_s(grouped((128.0,) * 264), GPU))
+    """A low one, where no expert has many rows."""
+    assert arithmetic_s(grouped((1.0,) * 264), GPU) == pytest.approx(arithmetic_s(grouped((16.0,) * 264), GPU))
+    assert arithmetic_s(grouped((65.0,) * 264), GPU) == pytest.approx(arithmetic_s(grouped((128.0,) * 264), GPU))
     assert arithmetic_s(grouped((129.0,) * 264), GPU) == pytest.approx(arithmetic_s(grouped((256.0,) * 264), GPU))
 
 
