@@ -133,7 +133,10 @@ def test_a_rank_that_raises_ends_the_run_with_its_name_task_and_words(
     assert left(own_folder) == []
 
 
-COMMAND = ["execute", "tiny-moe-2-ranks", "--set", "choose.ep=2", "--steps", "500", "--device", "cpu"]
+CHOSEN = {"ep": 2, "tp": 1, "pp": 1, "micro_batch": 4, "overlap_degree": 1, "zero_dense": 0, "zero_expert": 0}
+"""So that there is little to plan."""
+SETTINGS = [word for key, value in CHOSEN.items() for word in ("--set", f"choose.{key}={value}")]
+COMMAND = ["execute", "tiny-moe-2-ranks", *SETTINGS, "--steps", "500", "--device", "cpu"]
 
 
 def started(folder: Path) -> subprocess.Popen[str]:
