@@ -72,8 +72,8 @@ def tail_of(groups: int) -> float:
 
 
 def around(predicted: float, spread: Spread) -> tuple[float, float]:
-    """The interval, which need not hold the prediction itself if others were off to one side."""
-    return predicted * math.exp(spread[0]), predicted * math.exp(spread[1])
+    """The interval, which holds the prediction itself even if nearly all others were off to one side."""
+    return predicted * math.exp(min(spread[0], 0.0)), predicted * math.exp(max(spread[1], 0.0))
 
 
 # ---- what is shipped
