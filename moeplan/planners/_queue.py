@@ -10,26 +10,28 @@ from math import inf
 import numpy as np
 
 from moeplan.domain.plan import Plan
-from moeplan.domain.program import Floats
+from moeplan.domain.program import Floats, Ints
 from moeplan.planners._space import Branch
 
-Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
+Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @dataclass(order=True, slots=True)
 class Entry:
-    """A branch not yet opened, an opened one (by its best plan left), or a plan with a closer bound."""
+    """A branch not yet opened, an opened one (by its best row left), a row with closer bounds (by its best plan left),
+    or a plan.
+    """
 
     bound_s: float
     number: int
     rank: int = field(compare=False)
-    """0: branch at a glance, 1: branch by its pipeline, 2: by those of its plans that fit, 3: opened, 4: plan."""
+    """0: branch at a glance, 1: branch by its pipeline, 2: by those of its plans that fit, 3: opened, 4: row."""
     what: object = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """A branch, of whose plans some fit."""
+    """A branch, of whose plans some fit; arrays [U, D, E]: arbitration needs no memory and has no bounds."""
 
     branch: Branch
     fits: Flags
@@ -39,13 +41,42 @@ class Weighed:
 
 @dataclass(slots=True)
 class Opened:
-    """The plans of a branch in the order of their bounds."""
+    """The rows of a branch, best bound first."""
+
+    weighed: Weighed
+    bounds_UDE: Floats
+    """inf for what does not fit."""
+    order_U: Ints
+    at: int = 0
+
+    @property
+    def least_s(self) -> float:
+        """Of the best row that is left; inf if none is."""
+        return float(self.bounds_UDE[self.order_U[self.at]].min()) if self.at < len(self.order_U) else inf
+
+    def num_below(self, seconds: float) -> int:
+        """How many plans that are left have a bound below that."""
+        below = self.bounds_UDE[self.order_U[self.at :]] < seconds
+        return int(below.sum()) * len(self.weighed.branch.arbitration)
+
+
+@dataclass(slots=True)
+class Row:
+    """The plans of a row of a branch by all choices but arbitration, best bound first."""
 
     branch: Branch
+    numbers: Ints
     bounds_s: Floats
-    order: np.ndarray[tuple[int], np.dtype[np.int64]]
-    spare: Flags
     at: int = 0
+
+    @property
+    def least_s(self) -> float:
+        """Of the best one that is left; inf if none is."""
+        return float(self.bounds_s[self.at]) if self.at < len(self.bounds_s) else inf
+
+    def num_below(self, seconds: float) -> int:
+        """How many plans that are left have a bound below that."""
+        return int((self.bounds_s[self.at :] < seconds).sum()) * len(self.branch.arbitration)
 
 
 class Later:

@@ -6,7 +6,7 @@ import heapq
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import inf
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
 from moeplan.planners._filled import Filled
 from moeplan.planners._places import best_placed, is_open
-from moeplan.planners._queue import Entry, Flags, Later, Opened, Weighed
-from moeplan.planners._space import Branch, Space, no_layout
+from moeplan.planners._queue import Entry, Flags, Later, Opened, Row, Weighed
+from moeplan.planners._space import Branch, Space, no_layout, row_of
 from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
 
@@ -143,18 +143,15 @@ class Search:
     def unresolved(self) -> int:
         """Plans that were not simulated and may be faster than the best found: all of a branch that was not opened."""
         assert self.best is not None
-        total = 0
+        total, best_s = 0, self.best.step_s * (1 - _ROUNDING)
         for entry in (*self._queue, *self._later):
-            if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
+            if entry.bound_s < best_s:
                 if isinstance(entry.what, Branch):
-                    total += prod(len(values) for values in entry.what.lists)
+                    total += entry.what.size
                 elif isinstance(entry.what, Weighed):
-                    total += int(entry.what.fits.sum())
-                elif isinstance(entry.what, Opened):
-                    opened = entry.what
-                    total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
+                    total += int(entry.what.fits.sum()) * len(entry.what.branch.arbitration)
                 else:
-                    total += 1
+                    total += entry.what.num_below(best_s) if isinstance(entry.what, Opened | Row) else 1
         return total
 
     def _is_enough(self, bound_s: float) -> bool:
@@ -195,14 +192,10 @@ class Search:
             self._open(entry.what)
         elif entry.rank == 3:
             assert isinstance(entry.what, Opened)
-            self._next_plan(entry.what)
+            self._next_row(entry.what)
         else:
-            assert isinstance(entry.what, Plan)
-            likely_s = entry.bound_s * min(_LOOSE, self._over.get(_family(entry.what), 1.0))
-            if self._is_promising(entry.what, likely_s):
-                self._simulate(entry)
-            else:
-                self._later.push(likely_s, entry)
+            assert isinstance(entry.what, Row)
+            self._next_plans(entry.what)
 
     def _simulate(self, entry: Entry) -> None:
         assert isinstance(entry.what, Plan)
@@ -243,45 +236,48 @@ class Search:
 
     def _weigh(self, branch: Branch, bound_s: float) -> None:
         """Which plans of a branch fit, and the least that a pipeline of those takes."""
-        sizes = [len(values) for values in branch.lists]
-
-        def pipeline_s(steps: StepBounds) -> Floats:
-            return np.repeat(steps.bounds.pipeline_s(branch), prod(sizes[4:]))
-
-        share = _each(self.filled.share(branch, evened=self.places), branch)
+        share = self._share(branch)
         fits = share <= 1
-        self.infeasible += int((~fits).sum())
+        self.infeasible += int((~fits).sum()) * len(branch.arbitration)
         if not fits.all():
             self._remember_smallest(branch, share)
         if not fits.any():
             return
-        spare, found = np.zeros(len(share), bool), pipeline_s(self.once)
+        spare = np.zeros_like(fits)
+        found = self.once.bounds.pipeline_s(branch)[:, None, None]
         if self.places and branch.layout.ep > 1:
-            spare = fits & (_each(self.filled.share(branch, spare=True, evened=True), branch) <= 1)
+            spare = fits & (self._share(branch, spare=True) <= 1)
         if spare.any():
-            found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
+            found = np.where(spare, np.minimum(self.more.bounds.pipeline_s(branch)[:, None, None], found), found)
+        found = np.broadcast_to(found, fits.shape)
         weighed = Weighed(branch, fits, spare)
         self._push(max(bound_s, float(found[fits].min())), 2, weighed)
         if not fits.all():
             self._unfit.append((float(found[~fits].min()), self._count, weighed))
 
+    def _share(self, branch: Branch, *, spare: bool = False) -> Floats:
+        """[U, D, E]: of the usable memory."""
+        share = self.filled.share(branch, spare=spare, evened=self.places)
+        return share.reshape(-1, *share.shape[4:])
+
     def _open(self, weighed: Weighed) -> None:
-        """The plans of a branch that fit, best bound first."""
-        bounds = self._branch_s(weighed.branch, weighed.spare)
-        order = np.argsort(bounds, kind="stable")
-        order = order[weighed.fits[order]]
-        self._push(float(bounds[order[0]]), 3, Opened(weighed.branch, bounds, order, weighed.spare))
+        """The rows of a branch of which something fits, best bound first."""
+        bounds_UDE = np.where(weighed.fits, self._branch_s(weighed.branch, weighed.spare), inf)
+        least_U = bounds_UDE.min(axis=(1, 2))
+        order_U = np.argsort(least_U, kind="stable")
+        opened = Opened(weighed, bounds_UDE, order_U[: np.isfinite(least_U).sum()])
+        self._push(opened.least_s, 3, opened)
 
     def _branch_s(self, branch: Branch, spare: Flags) -> Floats:
-        """Of every plan; those with a slot to `spare` on each place may have replicas."""
-        once = _each(self.once.branch_s(branch), branch)
-        return np.where(spare, _each(self.anywhere_s(branch), branch), once) if spare.any() else once
+        """[U, D, E]: of every plan; those with a slot to `spare` on each place may have replicas."""
+        once = self.once.branch_s(branch)
+        return np.where(spare, self.anywhere_s(branch), once) if spare.any() else once
 
     def _remember_smallest(self, branch: Branch, share: Floats) -> None:
         """The plan that comes nearest to fitting, for those who ask why."""
         least = int(share.argmin())
-        if self.smallest is None or share[least] < self.smallest[0]:
-            self.smallest = (float(share[least]), self.space.plan(branch, least))
+        if self.smallest is None or share.flat[least] < self.smallest[0]:
+            self.smallest = (float(share.flat[least]), self.space.plan(branch, least * len(branch.arbitration)))
 
     def _find_too_big(self) -> None:
         """The plan with the lowest bound that does not fit, of the branches that have one and may be ahead."""
@@ -291,23 +287,50 @@ class Search:
                 break
             over = np.where(weighed.fits, np.inf, self._branch_s(weighed.branch, weighed.spare))
             fastest = int(over.argmin())
-            if over[fastest] < known_s:
-                self.too_big = (float(over[fastest]), self.space.plan(weighed.branch, fastest))
+            if over.flat[fastest] < known_s:
+                plan = self.space.plan(weighed.branch, fastest * len(weighed.branch.arbitration))
+                self.too_big = (float(over.flat[fastest]), plan)
 
-    def _next_plan(self, opened: Opened) -> None:
-        index = int(opened.order[opened.at])
-        plan = self.space.plan(opened.branch, index)
+    def _next_row(self, opened: Opened) -> None:
+        """Closer bounds of the best row that is left."""
+        branch, row = opened.weighed.branch, int(opened.order_U[opened.at])
+        bounds_DE, alone = opened.bounds_UDE[row], row_of(branch, row)
         opened.at += 1
-        if opened.at < len(opened.order):
-            self._push(float(opened.bounds_s[opened.order[opened.at]]), 3, opened)
-        closer = max(float(opened.bounds_s[index]), self.plan_s(plan, spare=bool(opened.spare[index])))
+        if opened.least_s < inf:
+            self._push(opened.least_s, 3, opened)
+        closer_DE = self.once.row_s(alone)
+        spare_DE = opened.weighed.spare[row]
+        if self.more is not self.once and spare_DE.any():
+            closer_DE = np.where(spare_DE, np.minimum(closer_DE, self.more.row_s(alone)), closer_DE)
         if not self.places and self.exact is not self.once:
-            closer = max(closer, self.exact.plan_s(plan))
+            closer_DE = np.maximum(closer_DE, self.exact.row_s(alone))
         self.looked_at += 1
-        self._push(closer, 4, plan)
-        self.bounded.append((closer, plan))
+        closer = np.maximum(bounds_DE, closer_DE).ravel()
+        order = np.argsort(closer, kind="stable")[: np.isfinite(closer).sum()]
+        found = Row(branch, row * closer.size + order, closer[order])
+        self._push(found.least_s, 4, found)
+        self.bounded.append((found.least_s, self._plans(found)[0]))
         if len(self.bounded) > 4 * KEPT:
             self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]
+
+    def _plans(self, row: Row) -> list[Plan]:
+        """The best that are left of a row: they differ in arbitration."""
+        count = len(row.branch.arbitration)
+        return [self.space.plan(row.branch, int(row.numbers[row.at]) * count + each) for each in range(count)]
+
+    def _next_plans(self, row: Row) -> None:
+        """Simulates the best that are left of a row, or leaves them for later."""
+        bound_s, plans = row.least_s, self._plans(row)
+        row.at += 1
+        if row.least_s < inf:
+            self._push(row.least_s, 4, row)
+        for plan in plans:
+            self._count += 1
+            likely_s = bound_s * min(_LOOSE, self._over.get(_family(plan), 1.0))
+            if self._is_promising(plan, likely_s):
+                self.simulate(plan, bound_s)
+            else:
+                self._later.push(likely_s, Entry(bound_s, self._count, 5, plan))
 
     def _timeline(self, plan: Plan) -> Timeline:
         found = simulate(compile_plan(plan, self.scenario), self.cost_model)
@@ -350,11 +373,6 @@ class Search:
             self.best = found
         if self.progress is not None:
             self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
-
-
-def _each(table: Floats, branch: Branch) -> Floats:
-    """A table by all choices but arbitration, for each plan of a branch."""
-    return np.broadcast_to(table[..., None], (*table.shape, len(branch.arbitration))).ravel()
 
 
 def _family(plan: Plan) -> tuple[object, ...]:
