@@ -12,7 +12,7 @@ groups are as late as anyone's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise, product
 
@@ -344,33 +344,40 @@ class Bounds:
         sizes = tuple(len(values) for values in branch.lists[:4])
         columns = {
             name: np.zeros((len(kinds), *sizes))
-            for name in ("t", "c", "x", "xf", "d", "h", "b", "df", "bf", "db", "bb", "e")
+            for name in ("t", "tf", "c", "cf", "x", "xf", "d", "h", "b", "df", "bf", "db", "bb", "e")
         }
         experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 2, 4))
+        certain = np.full(sizes, prices.is_even and not self.coarse)
         for m, micro_batch in enumerate(branch.micro_batch):
             plan, load = prices.load(grid.ep, grid.etp, grid.tp, grid.cp, micro_batch)
             batch = micro_batch * workload.query_length
             group = batch if workload.phase == "decode" else batch // grid.cp
             if grid.tp > 1:
-                columns["t"][:, m] = tensor.latency_s + tensor.per_byte_s * group * model.hidden_size * act
+                size = group * model.hidden_size * act
+                columns["t"][:, m] = tensor.latency_s + tensor.per_byte_s * size
+                columns["tf"][:, m] = tensor.flow_s_per_byte * size
             for (r, recompute), (o, parts) in product(enumerate(branch.recompute), enumerate(branch.overlap_degree)):
                 experts[m, r, o] = prices.experts(plan, load, recompute=recompute, parts=parts)
+                certain[m, r, :, o] &= load is None or parts == 1 or prices.is_whole(load, parts)
             for k, kind in enumerate(kinds):
                 per_token = sum(block.cache_elements_per_token(grid.tp) for block in kind.layer.blocks)
                 if grid.cp > 1 and per_token and workload.phase != "decode":
                     columns["c"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
+                    columns["cf"][k, m] = context.flow_s_per_byte * per_token * batch * act
                 if kind.layer.is_moe and load is not None:
                     out = {name: column[k, m] for name, column in columns.items()}
                     self._routed(out, kind, branch, grid, load, micro_batch=micro_batch)
         early = columns["e"].max(axis=0).ravel()
         return [
             Exchanges(
-                tensor=columns["t"][k].ravel(), context=columns["c"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
+                tensor=columns["t"][k].ravel(), tensor_flow=columns["tf"][k].ravel(), context=columns["c"][k].ravel(),
+                context_flow=columns["cf"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
                 expert_tensor_flow=columns["xf"][k].ravel(),
                 dispatch=columns["d"][k].ravel(), dispatch_hottest=columns["h"][k].ravel(),
                 combine=columns["b"][k].ravel(), dispatch_flow=columns["df"][k].ravel(),
                 combine_flow=columns["bf"][k].ravel(), dispatch_bytes=columns["db"][k].ravel(),
-                combine_bytes=columns["bb"][k].ravel(), early=early, is_even=prices.is_even, shares=self._shares,
+                combine_bytes=columns["bb"][k].ravel(), early=early, is_certain=certain.ravel(), is_even=prices.is_even,
+                shares=self._shares,
             )
             for k in range(len(kinds))
         ], experts  # fmt: skip
@@ -422,13 +429,7 @@ def _by_parts(
     out = {name: np.empty_like(x.tensor) for name in Chain.__dataclass_fields__}
     for o, parts in enumerate(branch.overlap_degree):
         at = slice(o, None, len(branch.overlap_degree))
-        some = Exchanges(
-            tensor=x.tensor[at], context=x.context[at], expert_tensor=x.expert_tensor[at],
-            expert_tensor_flow=x.expert_tensor_flow[at], dispatch=x.dispatch[at],
-            dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], dispatch_flow=x.dispatch_flow[at],
-            combine_flow=x.combine_flow[at], dispatch_bytes=x.dispatch_bytes[at], combine_bytes=x.combine_bytes[at],
-            early=x.early[at], is_even=x.is_even, shares=x.shares,
-        )  # fmt: skip
+        some = replace(x, **{name: value[at] for name in x.__dataclass_fields__ if isinstance(value := getattr(x, name), np.ndarray)})
         chain = chain_of({name: value[at] for name, value in cost.items()}, some, parts=parts, **flags)
         for name, value in out.items():
             value[at] = getattr(chain, name)

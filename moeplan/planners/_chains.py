@@ -15,16 +15,20 @@ import numpy as np
 from moeplan.cost.cost_model import Shares
 from moeplan.domain.program import Floats
 
+Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchanges:
     """Seconds of the exchanges of a layer: tensor, context and expert-tensor gathers (each as long as its scatter)."""
 
     tensor: Floats
+    tensor_flow: Floats
+    """While its bytes are on the wires."""
     context: Floats
+    context_flow: Floats
     expert_tensor: Floats
     expert_tensor_flow: Floats
-    """While its bytes are on the wires."""
     dispatch: Floats
     """One part of the tokens, until all places have theirs."""
     dispatch_hottest: Floats
@@ -38,6 +42,8 @@ class Exchanges:
     """From one GPU, of one part."""
     early: Floats
     """How much sooner than the last place another one can be done with the exchanges before this layer."""
+    is_certain: Flags
+    """Whether all kernels take just what is said: routing is even and parts are equal."""
     is_even: bool
     shares: Shares
 

@@ -7,8 +7,9 @@ fit, each slowing the other down.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,8 @@ class Slot:
     streams: tuple[int, ...]
     follows: tuple[tuple[int, ...], ...]
     windows: tuple[Window, ...]
+    between: Mapping[int, tuple[float, float]]
+    """Of each exchange the last computing step that it follows and the first one that follows it; else infinite."""
     first: tuple[int, int]
     last: tuple[int, int]
 
@@ -132,6 +135,7 @@ class Pairs:
         return Slot(
             names=tuple(names), streams=tuple(columns.stream.tolist()),
             follows=tuple(tuple(sorted(each)) for each in follows), windows=_windows(columns.stream.tolist(), follows),
+            between=_between(columns.stream.tolist(), follows),
             first=(int(computing[0][0]), int(computing[1][0])), last=(int(computing[0][-1]), int(computing[1][-1])),
         )  # fmt: skip
 
@@ -155,8 +159,19 @@ def _longest(
     """[rows]: from the beginning of step `start` to the end of the last computing step of each block; 0 if it is not
     behind.
     """
-    seconds = _of_steps(slot.names, chains.seconds, rows)
-    needs = _needs(slot, seconds, _of_steps(slot.names, chains.flow_s, rows), chains.exchanges[0].shares)
+    x = chains.exchanges[0]
+    seconds, shares = _of_steps(slot.names, chains.seconds, rows), x.shares
+    flow = _of_steps(slot.names, chains.flow_s, rows)
+    found = np.maximum(_ends(slot, seconds, _needs(slot, seconds, flow, shares), start)[list(slot.last)], 0.0)
+    for block, last in enumerate(slot.last):
+        if shares[:2] != (1.0, 1.0) and start <= last and x.is_certain[rows].any():
+            beside = _beside_idle_s(slot, seconds, flow, shares, start, last)
+            found[block] = np.maximum(found[block], np.where(x.is_certain[rows], beside, 0.0))
+    return found[0], found[1]
+
+
+def _ends(slot: Slot, seconds: Floats, needs: Mapping[int, tuple[list[int], Floats]], start: int) -> Floats:
+    """[steps, rows]: the longest path from the beginning of step `start` to the end of each; -inf: not behind it."""
     ends = np.full_like(seconds, -np.inf)
     ends[start] = seconds[start]
     for at in range(start + 1, len(slot.names)):
@@ -165,8 +180,31 @@ def _longest(
             opens, need = needs[at]
             begin = np.maximum(begin, (ends[opens] + need).max(axis=0))
         ends[at] = begin + seconds[at]
-    first, second = np.maximum(ends[list(slot.last)], 0.0)
-    return first, second
+    return ends
+
+
+def _beside_idle_s(slot: Slot, seconds: Floats, flow: Floats, shares: Shares, start: int, last: int) -> Floats:
+    """[rows]: from the beginning of one computing step to the end of another, all kernels beside those exchanges of a
+    stream that come behind the one and before the other.
+
+    Where kernels are as slow as exchanges can make them, the longest path is longer than all kernels: then at least,
+    and so with faster kernels too, the GPU is idle for the rest of it. Only what does not move meanwhile slows down.
+    That asks for the very seconds of all kernels, not for bounds of them.
+    """
+    computes = (np.array(slot.streams) == Stream.COMPUTE)[:, None]
+    slowed = np.where(computes, seconds / shares.compute, seconds)
+    work = np.where(computes, seconds, 0.0)[start : last + 1].sum(axis=0)
+    idle = np.maximum(_ends(slot, slowed, {}, start)[last] - work / shares.compute, 0.0)
+    found = idle + work
+    for stream in set(slot.streams) - {Stream.COMPUTE}:
+        own = [at for at, each in enumerate(slot.streams) if each == stream]
+        behind = [n for n, at in enumerate(own) if start <= slot.between[at][0] < inf]
+        before = [n for n, at in enumerate(own) if slot.between[at][1] <= last]
+        if behind and before and behind[0] <= before[-1]:
+            run = own[behind[0] : before[-1] + 1]
+            sent, moved = (np.maximum(each[run].sum(axis=0) - idle, 0.0) for each in (seconds, flow))
+            found = np.maximum(found, idle + beside_s(work, sent, moved, shares))
+    return found
 
 
 def _of_steps(
@@ -185,18 +223,28 @@ def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> dict[in
         return {}
     opens, closes, first, last = np.array(slot.windows).T
     streams = np.array(slot.streams)
-    upto = np.zeros_like(seconds)
+    upto, flows = np.zeros_like(seconds), np.zeros_like(seconds)
     for stream in set(slot.streams):
-        own = np.cumsum(seconds[streams == stream], axis=0)
-        upto[streams == stream] = own
-    flows = np.cumsum(flow, axis=0)
+        upto[streams == stream] = np.cumsum(seconds[streams == stream], axis=0)
+        flows[streams == stream] = np.cumsum(flow[streams == stream], axis=0)
     work = upto[closes] - seconds[closes] - upto[opens]
     sent = upto[last] - upto[first] + seconds[first]
-    flown = np.where(streams[first, None] == Stream.EXPERT, flows[last] - flows[first] + flow[first], 0.0)
-    need = beside_s(work, sent, flown, shares)
+    need = beside_s(work, sent, flows[last] - flows[first] + flow[first], shares)
     starts = np.flatnonzero(np.diff(closes, prepend=-1))
     ends = [*starts[1:], len(closes)]
     return {int(closes[a]): (opens[a:b].tolist(), need[a:b]) for a, b in zip(starts, ends, strict=True)}
+
+
+def _between(streams: list[int], follows: list[set[int]]) -> dict[int, tuple[float, float]]:
+    found: dict[int, tuple[float, float]] = {
+        at: (max((f for f in follows[at] if streams[f] == Stream.COMPUTE), default=inf), inf)
+        for at, stream in enumerate(streams)
+        if stream != Stream.COMPUTE
+    }
+    for at in reversed(range(len(streams))):
+        for exchange in follows[at] & found.keys() if streams[at] == Stream.COMPUTE else ():
+            found[exchange] = found[exchange][0], at
+    return found
 
 
 def _windows(streams: list[int], follows: list[set[int]]) -> tuple[Window, ...]:

@@ -206,6 +206,11 @@ class Prices:
             self.cache[key] = least_spread(self._real(load))
         return self.cache[key]  # type: ignore[return-value]
 
+    @staticmethod
+    def is_whole(load: Load, parts: int) -> bool:
+        """Whether so many parts of the tokens of an expert are equal, in all layers under even routing."""
+        return not any(rows % parts for moe in range(len(load.chosen)) for rows in load.rows(moe, 0, part=0, parts=1))
+
     def _real(self, load: Load) -> Load:
         """What an evened load was."""
         return self.cache["real", id(load)]  # type: ignore[return-value]
