@@ -258,7 +258,7 @@ class Search:
     def _share(self, branch: Branch, *, spare: bool = False) -> Floats:
         """[U, D, E]: of the usable memory."""
         share = self.filled.share(branch, spare=spare, evened=self.places)
-        return share.reshape(-1, *share.shape[4:])
+        return np.asarray(share.reshape(-1, *share.shape[4:]))
 
     def _open(self, weighed: Weighed) -> None:
         """The rows of a branch of which something fits, best bound first."""
@@ -271,7 +271,7 @@ class Search:
     def _branch_s(self, branch: Branch, spare: Flags) -> Floats:
         """[U, D, E]: of every plan; those with a slot to `spare` on each place may have replicas."""
         once = self.once.branch_s(branch)
-        return np.where(spare, self.anywhere_s(branch), once) if spare.any() else once
+        return np.where(spare, np.minimum(once, self.more.branch_s(branch)), once) if spare.any() else once
 
     def _remember_smallest(self, branch: Branch, share: Floats) -> None:
         """The plan that comes nearest to fitting, for those who ask why."""
