@@ -202,8 +202,8 @@ def _beside_idle_s(slot: Slot, seconds: Floats, flow: Floats, shares: Shares, st
         before = [n for n, at in enumerate(own) if slot.between[at][1] <= last]
         if behind and before and behind[0] <= before[-1]:
             run = own[behind[0] : before[-1] + 1]
-            sent, moved = (np.maximum(each[run].sum(axis=0) - idle, 0.0) for each in (seconds, flow))
-            found = np.maximum(found, idle + beside_s(work, sent, moved, shares))
+            sent, moved = seconds[run].sum(axis=0), flow[run].sum(axis=0)
+            found = np.maximum(found, beside_s(work, sent, moved, shares, idle))
     return found
 
 

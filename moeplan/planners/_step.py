@@ -24,7 +24,7 @@ from moeplan.planners._bounds import Bounds
 from moeplan.planners._chains import beside_s
 from moeplan.planners._groups import cheapest, grid_of
 from moeplan.planners._outline import outline_of
-from moeplan.planners._passes import Passes
+from moeplan.planners._passes import BACKWARD, FORWARD, INPUT_GRADIENT, Passes, at_ends
 from moeplan.planners._places import one_more
 from moeplan.planners._ports import Ports, busiest_s
 from moeplan.planners._prices import Wire
@@ -89,19 +89,20 @@ class StepBounds:
             return np.zeros((1, 1, 1))
         found = np.zeros((1, 1, 1))
         shares, layout = self.bounds.prices.cost_model.shares, branch.layout
-        work_VU = self._kernels_s(branch)
+        work_VU, idle_VU = self._kernels_s(branch), self._idle_s(branch)
         update_PDE = self._update(branch)
         for rank in sorted({0, layout.pp // 2, layout.pp - 1}):
             ports = Ports(self.bounds, branch, rank)
-            work = ports.each * work_VU[ports.held].sum(axis=0)
+            work, idle = (ports.each * each[ports.held].sum(axis=0) for each in (work_VU, idle_VU))
             carried = {link: seconds[:, None, None] for link, seconds in ports.in_passes_s().items()}
             inside = busiest_s(carried)
-            within = beside_s(work[:, None, None], inside, inside, shares)
+            within = beside_s(work[:, None, None], inside, inside, shares, idle[:, None, None])
             found = np.maximum(found, within + (fill_PU + drain_PU)[rank][:, None, None])
             for axis, amount in zip(("dense", "edp"), self._ring_bytes(branch, ports), strict=True):
                 carried = ports.add_rings(carried, axis, amount)
             all_in_all = busiest_s(carried)
-            found = np.maximum(found, beside_s(work[:, None, None] + update_PDE[rank], all_in_all, all_in_all, shares))
+            all_work = work[:, None, None] + update_PDE[rank]
+            found = np.maximum(found, beside_s(all_work, all_in_all, all_in_all, shares, idle[:, None, None]))
         return found
 
     def _kernels_s(self, branch: Branch) -> Floats:
@@ -114,6 +115,17 @@ class StepBounds:
             chains, counts_VK = self.bounds.chains(branch), self.bounds.shape(branch.layout).counts_VK
             backward = np.minimum(backward, self.bounds.summed(branch, 2, "busy") + counts_VK @ chains.weights)
         return work_VU + backward
+
+    def _idle_s(self, branch: Branch) -> Floats:
+        """[V, U]: in which a rank can compute nothing, of one micro-batch; 0 where it works on two at a time."""
+        shape, chains = self.bounds.shape(branch.layout), self.bounds.chains(branch)
+        if branch.layout.copies > 1:
+            return np.zeros((shape.counts_VK.shape[0], chains.ends.shape[-1]))
+        forward, backward, gradient = (
+            np.maximum(self.bounds.summed(branch, p, "idle") - sum(at_ends(p, shape, chains)), 0.0)
+            for p in (FORWARD, BACKWARD, INPUT_GRADIENT)
+        )
+        return np.asarray(forward + np.minimum(backward, gradient))
 
     def _ring_bytes(self, branch: Branch, ports: Ports) -> tuple[Floats, Floats]:
         """[U, D, 1] and [U, 1, E]: of all gathers and scatters of a pipeline rank in a step, dense and experts."""
