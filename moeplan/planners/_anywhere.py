@@ -125,8 +125,8 @@ class LeastExperts:
 
         Places are low, where no expert has more than `SHORT` rows, or high, where all tiles have `TILE` rows. Where a
         low place cannot have as many rows as places have on average, there are high ones. If all are, they have all
-        tiles of all experts, each expert's last one begun; else the high ones have all rows but those that one low place
-        can have, or more each. Of the places with that many tiles or more, one has as many rows as are left when
+        tiles of all experts, each expert's last one begun; else the high ones have all rows but those that one low
+        place can have, or more each. Of the places with that many tiles or more, one has as many rows as are left when
         all others are full of one tile less, or the mean.
         """
         places, parts = self.plan.ep, self.plan.overlap_degree

@@ -12,9 +12,10 @@ groups are as late as anyone's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 
@@ -391,7 +392,7 @@ class Bounds:
         parts_O = np.array(branch.overlap_degree, np.float64)
         tokens, _ = load.traffic(kind.moe)
         elements_O = tokens * prices.spread(load) * experts.expert_input / parts_O / grid.etp
-        sure = prices.sure
+        sure = prices.sure(load, kind)
         there_O, back_O = (elements_O * prices.element_bytes(way) for way in ("dispatch", "combine"))
         for a, algorithm in enumerate(branch.all_to_all if grid.ep > 1 else ()):
             if prices.is_even:
@@ -403,7 +404,7 @@ class Bounds:
             out["b"][:, a] = sure * home.latency_s + home.per_byte_s * back_O
             out["db"][:, a], out["bb"][:, a] = there_O, back_O
             out["df"][:, a], out["bf"][:, a] = both.flow_s_per_byte * there_O, home.flow_s_per_byte * back_O
-            first_s = 0.0 if self.coarse else first.latency_s + first.per_byte_s * back_O
+            first_s = sure * home.latency_s if self.coarse else first.latency_s + first.per_byte_s * back_O
             out["e"][:, a] = out["b"][:, a] - first_s
         if grid.etp > 1:
             wire, width = cheapest(prices, grid, "etp"), experts.expert_input * prices.element_bytes("activations")
@@ -429,7 +430,8 @@ def _by_parts(
     out = {name: np.empty_like(x.tensor) for name in Chain.__dataclass_fields__}
     for o, parts in enumerate(branch.overlap_degree):
         at = slice(o, None, len(branch.overlap_degree))
-        some = replace(x, **{name: value[at] for name in x.__dataclass_fields__ if isinstance(value := getattr(x, name), np.ndarray)})
+        columns: dict[str, Any] = {name: getattr(x, name) for name in Exchanges.__dataclass_fields__}
+        some = Exchanges(**{n: each[at] if isinstance(each, np.ndarray) else each for n, each in columns.items()})
         chain = chain_of({name: value[at] for name, value in cost.items()}, some, parts=parts, **flags)
         for name, value in out.items():
             value[at] = getattr(chain, name)

@@ -42,7 +42,9 @@ class Filled:
         some[:] = (staying + passing[..., None, None, :]).max(axis=-1) / usable
         return found
 
-    def _known(self, branch: Branch, names: tuple[str, ...], how: bool, count: Callable[[Branch, bool], Floats]) -> Floats:
+    def _known(
+        self, branch: Branch, names: tuple[str, ...], how: bool, count: Callable[[Branch, bool], Floats]
+    ) -> Floats:
         layout = replace(branch.layout, rank_order="tp-cp-ep-dp-pp")
         key = (layout, names, how, *(getattr(branch, name) for name in names))
         if key not in self._counted:

@@ -20,7 +20,8 @@ from moeplan.compiler.parts import Parts
 from moeplan.compiler.passes import PartBlocks
 from moeplan.cost.cost_model import Shares
 from moeplan.domain.plan import Plan
-from moeplan.domain.program import Floats, Stream
+from moeplan.domain.program import Floats, Ints, Stream
+from moeplan.jit import compiled
 from moeplan.partition.stages import pipeline
 from moeplan.planners._chains import beside_s
 from moeplan.planners._passes import Chains
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 Name = tuple[int, str, int]
 """Kind of layer (-1: an end of the model), work or exchange, pass."""
 _NOTHING = (NO_LAYER, "", 0)
+Needs = tuple[Ints, Ints, Floats]
+"""Which steps open and close windows, those that close first before others, and [windows, rows] the least seconds
+between."""
+_NONE: Needs = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 1)))
+"""No windows."""
 _LONGEST_RUN = 6
 """Exchanges in a window: those of a layer and a half."""
 
@@ -54,7 +60,8 @@ class Slot:
 
     names: tuple[Name, ...]
     streams: tuple[int, ...]
-    follows: tuple[tuple[int, ...], ...]
+    follows: tuple[Ints, Ints]
+    """Where those that each step follows begin in the second array."""
     windows: tuple[Window, ...]
     between: Mapping[int, tuple[float, float]]
     """Of each exchange the last computing step that it follows and the first one that follows it; else infinite."""
@@ -134,7 +141,8 @@ class Pairs:
         ]
         return Slot(
             names=tuple(names), streams=tuple(columns.stream.tolist()),
-            follows=tuple(tuple(sorted(each)) for each in follows), windows=_windows(columns.stream.tolist(), follows),
+            follows=(np.cumsum([0, *map(len, follows)]), np.array([x for each in follows for x in sorted(each)])),
+            windows=_windows(columns.stream.tolist(), follows),
             between=_between(columns.stream.tolist(), follows),
             first=(int(computing[0][0]), int(computing[1][0])), last=(int(computing[0][-1]), int(computing[1][-1])),
         )  # fmt: skip
@@ -162,7 +170,8 @@ def _longest(
     x = chains.exchanges[0]
     seconds, shares = _of_steps(slot.names, chains.seconds, rows), x.shares
     flow = _of_steps(slot.names, chains.flow_s, rows)
-    found = np.maximum(_ends(slot, seconds, _needs(slot, seconds, flow, shares), start)[list(slot.last)], 0.0)
+    needs = _needs(slot, seconds, flow, shares)
+    found = np.maximum(_ends(seconds, slot.follows, needs, start)[list(slot.last)], 0.0)
     for block, last in enumerate(slot.last):
         if shares[:2] != (1.0, 1.0) and start <= last and x.is_certain[rows].any():
             beside = _beside_idle_s(slot, seconds, flow, shares, start, last)
@@ -170,16 +179,29 @@ def _longest(
     return found[0], found[1]
 
 
-def _ends(slot: Slot, seconds: Floats, needs: Mapping[int, tuple[list[int], Floats]], start: int) -> Floats:
-    """[steps, rows]: the longest path from the beginning of step `start` to the end of each; -inf: not behind it."""
-    ends = np.full_like(seconds, -np.inf)
+@compiled
+def _ends(seconds: Floats, follows: tuple[Ints, Ints], needs: Needs, start: int) -> Floats:
+    """[steps, rows]: the longest path from the beginning of step `start` to the end of each; -inf: not behind it.
+
+    Step x follows `before[first[x]:first[x + 1]]`, and begins at least `need` behind the end of what opens a window
+    that it closes.
+    """
+    (first, before), (opens, closes, need) = follows, needs
+    ends = np.full(seconds.shape, -np.inf)
     ends[start] = seconds[start]
-    for at in range(start + 1, len(slot.names)):
-        begin = ends[list(slot.follows[at])].max(axis=0, initial=-np.inf)
-        if at in needs:
-            opens, need = needs[at]
-            begin = np.maximum(begin, (ends[opens] + need).max(axis=0))
-        ends[at] = begin + seconds[at]
+    window = 0
+    for at in range(start + 1, len(seconds)):
+        while window < len(closes) and closes[window] < at:
+            window += 1
+        for row in range(seconds.shape[1]):
+            begin_s = -np.inf
+            for x in before[first[at] : first[at + 1]]:
+                begin_s = max(begin_s, ends[x, row])
+            x = window
+            while x < len(closes) and closes[x] == at:
+                begin_s = max(begin_s, ends[opens[x], row] + need[x, row])
+                x += 1
+            ends[at, row] = begin_s + seconds[at, row]
     return ends
 
 
@@ -194,8 +216,8 @@ def _beside_idle_s(slot: Slot, seconds: Floats, flow: Floats, shares: Shares, st
     computes = (np.array(slot.streams) == Stream.COMPUTE)[:, None]
     slowed = np.where(computes, seconds / shares.compute, seconds)
     work = np.where(computes, seconds, 0.0)[start : last + 1].sum(axis=0)
-    idle = np.maximum(_ends(slot, slowed, {}, start)[last] - work / shares.compute, 0.0)
-    found = idle + work
+    idle = np.maximum(_ends(slowed, slot.follows, _NONE, start)[last] - work / shares.compute, 0.0)
+    found: Floats = idle + work
     for stream in set(slot.streams) - {Stream.COMPUTE}:
         own = [at for at, each in enumerate(slot.streams) if each == stream]
         behind = [n for n, at in enumerate(own) if start <= slot.between[at][0] < inf]
@@ -217,11 +239,11 @@ def _of_steps(
     return np.array([here[name] for name in names])
 
 
-def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> dict[int, tuple[list[int], Floats]]:
-    """For each step that closes windows the steps that open them, and [windows, rows] the least seconds between."""
+def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> Needs:
+    """All kernels and exchanges of a window, each slowing the other down."""
     if not slot.windows or shares[:2] == (1.0, 1.0):
-        return {}
-    opens, closes, first, last = np.array(slot.windows).T
+        return _NONE
+    opens, closes, first, last = np.array(slot.windows).T.copy()
     streams = np.array(slot.streams)
     upto, flows = np.zeros_like(seconds), np.zeros_like(seconds)
     for stream in set(slot.streams):
@@ -229,10 +251,7 @@ def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> dict[in
         flows[streams == stream] = np.cumsum(flow[streams == stream], axis=0)
     work = upto[closes] - seconds[closes] - upto[opens]
     sent = upto[last] - upto[first] + seconds[first]
-    need = beside_s(work, sent, flows[last] - flows[first] + flow[first], shares)
-    starts = np.flatnonzero(np.diff(closes, prepend=-1))
-    ends = [*starts[1:], len(closes)]
-    return {int(closes[a]): (opens[a:b].tolist(), need[a:b]) for a, b in zip(starts, ends, strict=True)}
+    return opens, closes, beside_s(work, sent, flows[last] - flows[first] + flow[first], shares)
 
 
 def _between(streams: list[int], follows: list[set[int]]) -> dict[int, tuple[float, float]]:

@@ -215,10 +215,19 @@ class Prices:
         """What an evened load was."""
         return self.cache["real", id(load)]  # type: ignore[return-value]
 
-    @property
-    def sure(self) -> float:
-        """What part of an all-to-all's latency there is at least: none where a place may have nothing for others."""
-        return 0.0 if self.coarse else 1.0
+    def sure(self, load: Load, kind: Kind) -> float:
+        """What part of an all-to-all's latency there is at least: none where a place may have nothing for others.
+
+        Where each expert stands once, as many on each place, and gets tokens from each source, all have.
+        """
+        if not self.coarse:
+            return 1.0
+        key = ("sure", id(load), id(kind))
+        if key not in self.cache:
+            tables = self._real(load).tokens_SE_by_layer
+            is_once = not self.replicas and len({table.shape for table in tables}) == 1
+            self.cache[key] = float(is_once and all(bool((tables[moe] > 0).all()) for moe in self._alike(kind)))
+        return self.cache[key]  # type: ignore[return-value]
 
     @staticmethod
     def counts_copies(algorithm: str) -> bool:

@@ -34,6 +34,8 @@ _ROUNDING = 1e-9
 EFFORT_TASKS, EFFORT_PLANS = 100_000, 8
 """Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an
 amount of work, not of time, so that the answer is the same anywhere."""
+EFFORT_MOST = 2_500_000
+"""Tasks that are enough of any number of plans: ten seconds or so of a processor."""
 EFFORT_LOOK = 5_000
 """Tasks that could be simulated while a plan is looked at layer by layer, as uneven routing asks for."""
 _SELDOM: dict[str, object] = {"arbitration": "fair"}
@@ -163,7 +165,8 @@ class Search:
             return self._is_late(started)
         looks_closely = self.exact is not self.once and not self.places
         work = self.simulated_tasks + (self.looked_at * EFFORT_LOOK if looks_closely else 0)
-        return self.gap is None and work >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
+        is_enough = work >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
+        return self.gap is None and (is_enough or self.simulated_tasks >= EFFORT_MOST)
 
     def _is_late(self, started: float) -> bool:
         limit_s = inf if self.time_limit_s is None else self.time_limit_s * (1 if self.best else _PATIENCE)
@@ -213,12 +216,14 @@ class Search:
         return _but_for(plan, _SELDOM) not in self._known_s and self._known_s.get(_but_for(plan, _OFTEN), 0.0) <= far_s
 
     def _polish(self) -> None:
-        """What was left for later of the plans that differ from the best in what seldom counts."""
+        """What was left for later of the plans that differ from the best in one choice that seldom counts."""
         assert self.best is not None
-        alike = _but_for(self.best.plan, _SELDOM)
-        for entry in self._later.take(lambda plan: _but_for(plan, _SELDOM) == alike):
-            if entry.bound_s < self.best.step_s:
-                self._simulate(entry)
+        for name in ("arbitration", "rank_order"):
+            best = self.best.plan.model_copy(update={"placement": None})
+            same = {name: getattr(best, name)}
+            for entry in self._later.take(lambda plan: plan.model_copy(update=same) == best):  # noqa: B023
+                if entry.bound_s < self.best.step_s:
+                    self._simulate(entry)
 
     @property
     def _glance(self) -> StepBounds:

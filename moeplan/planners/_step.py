@@ -183,10 +183,8 @@ class StepBounds:
 
     @staticmethod
     def _plan(layout: Layout, **more: object) -> Plan:
-        return Plan(
-            dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
-            stages=layout.stages, schedule=layout.schedule, **more,
-        )  # type: ignore[arg-type]  # fmt: skip
+        names = ("dp", "tp", "cp", "pp", "ep", "etp", "vpp", "stages", "schedule")
+        return Plan(**({name: getattr(layout, name) for name in names} | more))
 
     def _slots(self, ep: int) -> Placement | None:
         """As many slots as the weights are counted for: where there may be replicas, one more than experts need."""
@@ -256,7 +254,7 @@ class StepBounds:
         ends = self._ends_s(branch, passes)
         if not self.bounds.training:
             return np.full((1, 1), max(each.end_s for each in ends))
-        return self._closed_s(branch, ends) + self._once(branch, passes)[0][0]
+        return np.asarray(self._closed_s(branch, ends) + self._once(branch, passes)[0][0])
 
     def _closed_s(self, branch: Branch, ends: list[Ends]) -> Floats:
         """[D, E]: when the last rank has made its update.

@@ -194,9 +194,10 @@ def _listed(orders: tuple[Order, ...]) -> _Listed:
         if len(slot) > 1:
             alike = (stage, *((kind, chunk) for kind, chunk, _ in slot))
             pair_X[at] = pairs.setdefault(alike, (len(pairs), stage, slot))[0]
+    kind_XA, chunk_XA, microbatch_XA = columns
     return _Listed(
-        first_S, *columns, pair_X=pair_X, pairs=tuple((stage, slot) for _, stage, slot in pairs.values()),
-        num_microbatches=1 + int(columns[2].max(initial=0)),
+        first_S, kind_XA, chunk_XA, microbatch_XA, pair_X, tuple((stage, slot) for _, stage, slot in pairs.values()),
+        num_microbatches=1 + int(microbatch_XA.max(initial=0)),
     )  # fmt: skip
 
 
