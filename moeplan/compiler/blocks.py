@@ -71,6 +71,28 @@ class Writer:
     stage: int
     place: Place
 
+    # ---- the ends of the model
+
+    def embedding(self, block: Block, passes: Pass, waits: list[int]) -> list[int]:
+        """Each tensor rank has some of the words: their rows are scattered as sums, and gathered on the way back."""
+        unit, is_split = self.parts.embedding(passes), self.parts.model.patches is None
+        if passes == Pass.FORWARD:
+            waits = block.add(Stream.COMPUTE, unit, waits)
+            return self._tensor(block, "reduce_scatter", waits) if is_split else waits
+        waits = self._tensor(block, "all_gather", waits) if is_split else waits
+        return block.add(Stream.COMPUTE, unit, waits)
+
+    def head(self, block: Block, waits: list[int]) -> list[int]:
+        """Each tensor rank scores some of the words, for the tokens of all."""
+        unit = self.parts.head(block.passes)
+        if not self.parts.model.head:
+            return block.add(Stream.COMPUTE, unit, waits)
+        if block.passes != Pass.FORWARD:
+            waits = block.add(Stream.COMPUTE, unit, waits)
+            return self._tensor(block, "reduce_scatter", waits)
+        waits = block.add(Stream.COMPUTE, unit, self._tensor(block, "all_gather", waits))
+        return waits if self.parts.plan.tp == 1 else block.add(Stream.TENSOR, self.parts.scores(self.stage), waits)
+
     # ---- forward
 
     def forward(self, block: Block, layer: Layer, waits: list[int], *, moe: int) -> list[int]:
@@ -186,7 +208,7 @@ class Writer:
             return waits
         return block.add(Stream.COMPUTE, parts.router(layer, block.passes), waits)
 
-    # ---- the gradients of the weights alone: nothing waits, nothing is exchanged
+    # ---- the gradients of the weights alone: no layer waits, none exchanges anything
 
     def weights(self, block: Block, layer: Layer, *, moe: int) -> None:
         """The weight gradients of one layer, as one step for each work that has weights."""

@@ -18,6 +18,8 @@ from moeplan.schedules import Action
 
 _Key = tuple[int, str, int, int]
 """Lane, kind, chunk and micro-batch of a pass."""
+_LAST = (Stream.TENSOR, Stream.COMPUTE)
+"""Of what closes a step: sums over tensor ranks, and the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +111,12 @@ class Layout:
             self._tie(task_of_step[[number]], needs[:1])
 
     def _close(self, lane: int, listing: Listing) -> None:
-        """Gradients wait for the last backward pass of their chunk, the optimizer also for all exchanges before it."""
+        """Gradients wait for the last backward pass of their chunk; the sum over tensor ranks for all of these, and for
+        all reductions before it, as does the optimizer.
+        """
         step = listing.closing
         assert step is not None
-        shard = self._last_shard(lane)
+        reduced, computed = self._last(lane, Stream.SHARD), self._last(lane, Stream.COMPUTE)
         task_of_step = self._append(lane, (step.block,), ())[0]
         final = {action.chunk: action for slot in listing.slots for _, action in slot if action.kind in "BW"}
         overlap = self.plan.overlap_gradients
@@ -122,21 +126,21 @@ class Layout:
             steps = found.block.gradients.get(layer, []) if overlap else []
             steps = steps or [at for at in range(len(found.block.stream)) if found.block.stream[at] == Stream.COMPUTE]
             self._tie(found.task_of_step[steps], task_of_step[[number]])
-        update = [at for at, stream in enumerate(step.block.stream) if stream == Stream.COMPUTE]
-        if shard is not None:
-            self._tie([shard], task_of_step[update])
+        sums, update = ([at for at, each in enumerate(step.block.stream) if each == kind] for kind in _LAST)
+        self._tie(reduced, task_of_step[sums + update])
+        self._tie(computed, task_of_step[sums])
 
-    def _last_shard(self, lane: int) -> int | None:
-        """The last task so far of a lane on its sharding stream."""
+    def _last(self, lane: int, stream: Stream) -> list[int]:
+        """The last task so far of a lane on a stream."""
         at = self.size
         for columns, owner, _ in reversed(self.columns):
             if owner != lane:
-                return None
+                return []
             at -= len(columns.stream)
-            found = np.flatnonzero(columns.stream == Stream.SHARD)
+            found = np.flatnonzero(columns.stream == stream)
             if len(found):
-                return at + int(found[-1])
-        return None
+                return [at + int(found[-1])]
+        return []
 
     def tasks(self, meeting_EL: Ints) -> tuple[Tasks, Ints, Ints]:
         """The finished table, and (before, after) of every dependency. `meeting_EL`: exchange and lane to meeting."""

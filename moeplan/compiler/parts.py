@@ -189,6 +189,34 @@ class Parts:
             members=lambda: self._members(stage, "tp"), size_bytes=size,
         )  # fmt: skip
 
+    def scores(self, stage: int) -> int:
+        """What tensor ranks tell each other of their parts of the vocabulary: in training of each token the greatest
+        score, the sum of exponentials and the target's score, in fp32; in serving the scores of each sequence's last
+        token.
+
+        Reference: Shoeybi et al., "Megatron-LM" (2019), section 3.
+        """
+        size = 3.0 * 4.0 * self.tokens.group * self.plan.tp
+        if not self.workload.is_training:
+            size = self.plan.micro_batch * self.model.vocab_size * self.element_bytes
+        return self._exchange(
+            ("scores", stage), kind="scores", operation="all_gather", algorithm="ring",
+            members=lambda: self._members(stage, "tp"), size_bytes=size,
+        )  # fmt: skip
+
+    def tensor_gradients(self, stage: int, parameters: int) -> int | None:
+        """The gradients of weights that each tensor rank holds whole, and has those of its own tokens or heads of; None
+        where there are none. Also of those that ZeRO has divided all are summed, as Megatron-LM does
+        (`finalize_model_grads`): which part of a rank's shard is of such weights differs from rank to rank.
+        """
+        if self.plan.tp == 1 or parameters == 0:
+            return None
+        size = parameters * DTYPE_BYTES[self.plan.precision.gradients]
+        return self._exchange(
+            ("tensor_gradients", stage, size), kind="tensor_gradients", operation="all_reduce", algorithm="ring",
+            members=lambda: self._members(stage, "tp"), size_bytes=size,
+        )  # fmt: skip
+
     def context(self, stage: int, layer: Layer, operation: str) -> int | None:
         """Keys and values of the whole sequence, gathered over `cp`; None for a mixer that keeps none."""
         per_token = sum(block.cache_elements_per_token(self.plan.tp) for block in layer.blocks)

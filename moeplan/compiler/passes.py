@@ -45,16 +45,17 @@ class PartBlocks:
         parts, weights = self.writer.parts, self._weights_by_layer(stage)
         waits = [ENTRY, *self._gathered(block, stage, weights, NO_LAYER)]
         if stage.has_embedding:
-            waits = block.add(Stream.COMPUTE, parts.embedding(Pass.FORWARD), waits)
-            self._opens(block, waits[0])
+            waits = self.writer.embedding(block, Pass.FORWARD, waits)
+            self._opens(block, 0)
         waits = self._layers_forward(block, stage, weights, waits)
         for layer in stage.prediction:
             waits = block.add(Stream.COMPUTE, parts.prediction(Pass.FORWARD), waits)
             waits = self.writer.forward(block, layer, waits, moe=self.prediction_moe)
-            waits = block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits)
+            waits = self.writer.head(block, waits)
         if stage.has_head:
-            waits = block.add(Stream.COMPUTE, parts.head(Pass.FORWARD), waits)
-            self._opens(block, waits[0])
+            start = len(block.stream)
+            waits = self.writer.head(block, waits)
+            self._opens(block, start)
         block.last = self._sent(block, stage.number, 1, waits)
 
     def _layers_forward(
@@ -102,15 +103,15 @@ class PartBlocks:
         waits = [ENTRY, *self._gathered(block, stage, weights, NO_LAYER)]
         start = len(block.stream)
         if stage.has_head:
-            waits = block.add(Stream.COMPUTE, parts.head(block.passes), waits)
+            waits = self.writer.head(block, waits)
         for layer in stage.prediction[::-1]:
-            waits = block.add(Stream.COMPUTE, parts.head(block.passes), waits)
+            waits = self.writer.head(block, waits)
             waits = self.writer.backward(block, layer, waits, moe=self.prediction_moe)
             waits = block.add(Stream.COMPUTE, parts.prediction(block.passes), waits)
         ends = block.computing(start)
         waits = self._layers_backward(block, stage, weights, waits)
         if stage.has_embedding and block.passes == Pass.BACKWARD:
-            waits = block.add(Stream.COMPUTE, parts.embedding(block.passes), waits)
+            waits = self.writer.embedding(block, block.passes, waits)
             ends += waits
         block.gradients[NO_LAYER] = ends
         self._reduced(block, stage, weights, NO_LAYER)
@@ -147,8 +148,8 @@ class PartBlocks:
             steps += block.gradients[NO_LAYER]
         if stage.has_embedding:
             # All of its backward pass: nobody waits for the gradient of what goes into the model.
-            block.behind_inputs = block.add(Stream.COMPUTE, parts.embedding(Pass.BACKWARD), [])
-            steps += block.behind_inputs
+            block.behind_inputs = [len(block.stream)]
+            steps += self.writer.embedding(block, Pass.BACKWARD, [])
         return steps
 
     # ---- sends

@@ -9,6 +9,7 @@ virtual stages, since the two holders meet their chunks in opposite orders.
 
 Where a placement has an expert on several places of a group, the gradients of these replicas are summed once a step,
 behind the reduction over groups. All of them make the same update then, so no weights have to be exchanged for it.
+Of weights that each tensor rank holds whole it has the gradients of its own tokens or heads: these are summed last.
 """
 
 from __future__ import annotations
@@ -44,17 +45,24 @@ def opening(blocks: PartBlocks, chunks: list[int]) -> StepBlock:
 
 
 def closing(blocks: PartBlocks, chunks: list[int]) -> StepBlock:
-    """Reductions, chunk by chunk in the order of their last use, and the optimizer behind all of them."""
-    parts, found = blocks.writer.parts, StepBlock()
+    """Reductions, chunk by chunk in the order of their last use, the sum over tensor ranks behind all of them, and the
+    optimizer.
+    """
+    parts, found, replicated = blocks.writer.parts, StepBlock(), 0
     for chunk in chunks:
         stage = blocks.stage_of(chunk)
         for weights in _as_ready(stage, list(weights_of(stage, parts.model, parts.plan))):
+            replicated += weights.replicated
             for expert, zero in ((False, parts.plan.zero_dense), (True, parts.plan.zero_expert)):
                 operation = {0: "all_reduce", 1: "reduce_scatter"}.get(zero)
                 if operation:
                     _add(found, chunk, weights, parts.sharding(stage, weights, expert=expert, operation=operation))
             for experts, moe in _experts_of(stage, weights.layer, blocks.prediction_moe):
                 _add(found, chunk, weights, parts.same_experts(blocks.writer.stage, stage.holders, experts, moe=moe))
+    found.block.at_layer = NO_LAYER
+    found.block.add(
+        Stream.TENSOR, parts.tensor_gradients(blocks.writer.stage, replicated), list(range(len(found.block.unit)))
+    )
     update = found.block.add(
         Stream.COMPUTE, parts.optimizer(optimizer_share(blocks)), list(range(len(found.block.unit)))
     )

@@ -20,9 +20,9 @@ CAUSES = (
 _OF_KIND = {
     "experts": "expert_compute", "merge": "expert_compute", "optimizer": "optimizer",
     "dispatch": "exposed_all_to_all", "combine": "exposed_all_to_all",
-    "gradients": "gradient_traffic", "parameters": "gradient_traffic",
+    "gradients": "gradient_traffic", "parameters": "gradient_traffic", "tensor_gradients": "gradient_traffic",
     "tensor": "tensor_traffic", "context": "tensor_traffic", "expert_tensor": "tensor_traffic",
-    "send": "pipeline_traffic",
+    "scores": "tensor_traffic", "send": "pipeline_traffic",
 }  # fmt: skip
 _NOTHING = -1
 

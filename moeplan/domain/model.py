@@ -290,23 +290,30 @@ class Model(Frozen):
         """Weights of the modules that predict further tokens."""
         return self.mtp.parameters(self.hidden_size, self.norm) if self.mtp else 0
 
-    def embedding_parameters_per_rank(self, tp: int) -> int:
-        """Token table, divided by rows and padded to whole rows; positions, patches and norm are held whole."""
+    @property
+    def embedding_replicated_parameters(self) -> int:
+        """Of the embedding, what each tensor-parallel rank holds whole: positions, patches and norm."""
         positions = self.hidden_size * (self.learned_positions + self.encoder_learned_positions)
-        table = (
-            self.patches.parameters(self.hidden_size)
-            if self.patches
-            else op.share(self.vocab_size, tp) * self.hidden_size
-        )
-        return table + positions + norm_parameters(self.embedding_norm, self.hidden_size)
+        patches = self.patches.parameters(self.hidden_size) if self.patches else 0
+        return patches + positions + norm_parameters(self.embedding_norm, self.hidden_size)
+
+    def embedding_parameters_per_rank(self, tp: int) -> int:
+        """Token table, divided by rows and padded to whole rows, and what is held whole."""
+        table = 0 if self.patches else op.share(self.vocab_size, tp) * self.hidden_size
+        return table + self.embedding_replicated_parameters
+
+    @property
+    def head_replicated_parameters(self) -> int:
+        """Final norms (one more for an encoder), and the mixing of hyper-connections."""
+        n = self.layers[-1].hyper_streams
+        mixing = n * (n * self.hidden_size + 1) + 1 if n else 0
+        return norm_parameters(self.norm, self.hidden_size) * (2 if self.encoder_layers else 1) + mixing
 
     def head_parameters_per_rank(self, tp: int) -> int:
-        """Final norms (one more for an encoder), the mixing of hyper-connections, and a head that is not tied."""
-        norms = norm_parameters(self.norm, self.hidden_size) * (2 if self.encoder_layers else 1)
-        n, rows = self.layers[-1].hyper_streams, op.share(self.vocab_size, tp)
-        mixing = n * (n * self.hidden_size + 1) + 1 if n else 0
+        """What is held whole, and a head that is not tied, divided by its rows."""
+        rows = op.share(self.vocab_size, tp)
         weights = rows * self.hidden_size if self.head and not self.tied_embeddings else 0
-        return norms + mixing + weights + (rows if self.head and self.head_bias else 0)
+        return self.head_replicated_parameters + weights + (rows if self.head and self.head_bias else 0)
 
     def embedding_operators(self, *, tokens: int, tp: int = 1) -> tuple[Operator, ...]:
         """Rows of the table (or patches by a projection), positions, norm: what the first layer starts from."""
@@ -315,8 +322,9 @@ class Model(Frozen):
             inputs = self.patches.channels * self.patches.size**2
             first = op.gemm("patches", rows=local, columns=d, depth=inputs, kept=local * (d + inputs))
         else:
+            # Of the words of all tensor ranks each writes those that it has, and nothing in place of the others.
             first = op.elementwise(
-                "embedding", inputs=local, outputs=local * d, weights=tokens * d // tp, kept=local * d
+                "embedding", inputs=tokens, outputs=tokens * d, weights=tokens * d // tp, kept=local * d
             )
         positions = (op.elementwise("positions", inputs=2 * local * d, outputs=local * d, flops=local * d),)
         norm = (op.norm("embedding_norm", local * d, width=d),)

@@ -80,7 +80,8 @@ class Exchange:
     """
 
     kind: str
-    """dispatch, combine, tensor, context, expert_tensor, gradients, parameters or send."""
+    """dispatch, combine, tensor, context, expert_tensor, scores, gradients, parameters,
+    tensor_gradients or send."""
     operation: str
     algorithm: str
     groups_NG: Ints

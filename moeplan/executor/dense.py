@@ -1,22 +1,20 @@
 """What tasks do outside the experts: mixers, dense blocks and branches, sums over tensor ranks, the model's two ends.
 
-Left to a task that has no time of its own in the program: the sums over tensor ranks that the ends of the model need;
-their bytes are counted with the task. A context-parallel rank projects keys and values in the task that gathers them.
+A context-parallel rank projects keys and values in the task that gathers them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moeplan.domain.feed_forward import Experts
-from moeplan.executor.exchange import Ring, Wire
+from moeplan.executor.ends import Ends
 from moeplan.executor.lane import Task
 from moeplan.executor.layers import Tape, attended, feed_forward, normed, projected
-from moeplan.executor.rank import Rank
+from moeplan.executor.weights import ENDS
 
 if TYPE_CHECKING:
     from moeplan.executor.works import Passage, Works
@@ -27,7 +25,7 @@ class DenseWorks:
 
     def __init__(self, works: Works) -> None:
         self.works, self.rank, self.plan, self.wires = works, works.rank, works.plan, works.wires
-        self.ends = Ends(works.rank, works.wires["beside"])
+        self.ends = Ends(works.rank)
 
     # ---- mixer
 
@@ -125,6 +123,14 @@ class DenseWorks:
 
     def tensor_forward(self, task: Task, passage: Passage) -> None:
         """Gathers tokens for a work of all tensor ranks, or scatters its sums, behind which comes the residual."""
+        if task.around == "embedding":
+            passage.values[0, "x"] = self._scattered(task, passage.values.pop((ENDS, "partial")))
+            return
+        if task.around == "head":
+            end = self.rank.end(task.chunk)
+            passage.values[ENDS, "full"] = self._gathered(task, self.works.x(task, end))
+            passage.forget(end)
+            return
         if task.operation == "all_gather":
             name = {"dense": "h", "shared": "u"}.get(task.around)
             passage.values[task.layer, "full"] = self._gathered(
@@ -143,6 +149,14 @@ class DenseWorks:
 
     def tensor_backward(self, task: Task, passage: Passage) -> None:
         """The same for gradients."""
+        if task.around == "embedding":
+            passage.values[ENDS, "full"] = self._gathered(task, self.works.g(task, 0))
+            del passage.values[0, "g"]
+            return
+        if task.around == "head":
+            partial = passage.values.pop((ENDS, "partial"))
+            passage.values[self.rank.end(task.chunk), "g"] = self._scattered(task, partial)
+            return
         is_mixer = task.around == "attention" and self.rank.layer(task).feed_forward is not None
         if task.operation == "all_gather":
             gradient = passage.values[task.layer, "dh"] if is_mixer else self.works.g(task)
@@ -212,134 +226,37 @@ class DenseWorks:
     # ---- ends
 
     def embedding_forward(self, task: Task, passage: Passage) -> None:
-        """The first layer's input."""
-        passage.values[0, "x"] = self.ends.embedded(task)
+        """The first layer's input, or the summand of this rank's words."""
+        where = (ENDS, "partial") if self.plan.tp > 1 else (0, "x")
+        passage.values[where] = self.ends.embedded(task)
 
     def embedding_backward(self, task: Task, passage: Passage) -> None:
         """The words' gradients."""
-        self.ends.add_embedding_gradient(task, self.works.g(task, 0))
-        del passage.values[0, "g"]
+        gradient = passage.values.pop((ENDS, "full")) if self.plan.tp > 1 else self.works.g(task, 0)
+        self.ends.add_embedding_gradient(task, gradient)
+        passage.values.pop((0, "g"), None)
 
     def head_forward(self, task: Task, passage: Passage) -> None:
-        """Final norm, scores and loss."""
-        end, tapes = self.rank.end(task.chunk), [self.works.tape(task) for _ in range(2)]
-        x = self.works.x(task, end)
-        (normal,) = self.works.run(
-            task, passage, lambda x: (self.ends.normal(tapes[0], x),), (x,), tapes[0], role="head/norm"
-        )
-        whole = self.ends.gathered(normal)
-        (loss,) = self.works.run(
-            task, passage, lambda x: (self.ends.lost(task, tapes[1], x),), (whole,), tapes[1], role="head/loss"
-        )
-        self.ends.loss += loss.item()
+        """Final norm, scores, and of the loss what this rank's words tell."""
+        tape, end = self.works.tape(task), self.rank.end(task.chunk)
+        x = passage.values.pop((ENDS, "full")) if self.plan.tp > 1 else self.works.x(task, end)
+        (scores,) = self.works.run(task, passage, lambda x: (self.ends.scores(tape, x),), (x,), tape)
+        passage.loss = self.ends.loss_of(task, scores)
         passage.forget(end)
+        if self.plan.tp == 1:
+            self.ends.loss += passage.loss.total(passage.loss.told_QT[None])
+
+    def scores_forward(self, task: Task, passage: Passage) -> None:
+        """The loss, from what all tensor ranks' words tell."""
+        assert passage.loss is not None
+        told = passage.loss.told_QT
+        told_RQT = self._gathered(task, told).view(-1, *told.shape)
+        self.ends.loss += passage.loss.total(told_RQT)
 
     def head_backward(self, task: Task, passage: Passage) -> None:
-        """The last layer's output gradient."""
-        (whole,) = self.works.back(task, passage, torch.ones((), device=self.rank.device), role="head/loss")
-        (found,) = self.works.back(task, passage, self.ends.scattered(whole), role="head/norm")
-        passage.values[self.rank.end(task.chunk), "g"] = found
-
-
-class Ends:
-    """Embedding, head and loss; `beside` carries what tensor ranks exchange for them."""
-
-    def __init__(self, rank: Rank, beside: Wire) -> None:
-        self.rank, self.beside = rank, beside
-        self.ring = Ring.simple(rank.tensor_ranks, rank.number)
-        self.loss = 0.0
-
-    def begin(self, words_N: Tensor, target_N: Tensor) -> None:
-        """A new step, on all tokens of its batch."""
-        self.words_N, self.target_N, self.loss = words_N, target_N, 0.0
-
-    def gathered(self, own: Tensor) -> Tensor:
-        """The rows of all tensor ranks."""
-        if len(self.ring.ranks) == 1:
-            return own
-        chunks = [
-            own.contiguous() if at == self.ring.me else torch.empty_like(own) for at in range(len(self.ring.ranks))
-        ]
-        self.ring.gather(self.beside, chunks)
-        return torch.cat(chunks)
-
-    def scattered(self, whole: Tensor) -> Tensor:
-        """This rank's rows of the sum over tensor ranks."""
-        if len(self.ring.ranks) == 1:
-            return whole
-        chunks = [each.clone() for each in whole.chunk(len(self.ring.ranks))]
-        self.ring.reduce_scatter(self.beside, chunks)
-        return chunks[self.ring.me]
-
-    def _first(self, table: Tensor) -> int:
-        """The first word whose row is here."""
-        return self.ring.me * len(table)
-
-    def embedded(self, task: Task) -> Tensor:
-        """The rows of this rank's tokens."""
-        table = self.rank.unit(task.chunk, task.layer, expert=False).value("embedding")
-        word_T = self.words_N[self.rank.group_T(task.microbatch)] - self._first(table)
-        here_T = (word_T >= 0) & (word_T < len(table))
-        return self.scattered(table[word_T.clamp(0, len(table) - 1)] * here_T[:, None])
-
-    def add_embedding_gradient(self, task: Task, gradient: Tensor) -> None:
-        """Adds each token's gradient to its word's row."""
-        unit = self.rank.unit(task.chunk, task.layer, expert=False)
-        table = unit.gradient_view("embedding", task.microbatch)
-        word_T = self.words_N[self.rank.group_T(task.microbatch)] - self._first(table)
-        here = torch.nonzero((word_T >= 0) & (word_T < len(table)))[:, 0]
-        table.index_add_(0, word_T[here], self.gathered(gradient)[here].to(table.dtype))
-
-    def normal(self, tape: Tape, x: Tensor) -> Tensor:
-        """The final norm."""
-        return normed(tape, x, self.rank.scenario.model.norm, "final_norm")
-
-    def lost(self, task: Task, tape: Tape, whole: Tensor) -> Tensor:
-        """The micro-batch's part of the mean cross entropy of the batch."""
-        scores = tape.linear(whole, "head").to(torch.float32)
-        target_T = self.target_N[self.rank.group_T(task.microbatch)]
-        scale = 1.0 / self.rank.scenario.workload.step_tokens
-
-        def side_by_side(table: Tensor) -> Tensor:
-            return self.gathered(table[None])
-
-        return vocabulary_loss(
-            scores, target_T, first=self.ring.me * scores.shape[1], scale=scale, gathered=side_by_side
-        )
-
-
-def vocabulary_loss(
-    scores_TV: Tensor, target_T: Tensor, *, first: int, scale: float, gathered: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The sum of cross entropies times `scale`; each tensor rank has the scores of the words from `first` on.
-
-    `gathered` puts the same table of all tensor ranks side by side. Reference: Shoeybi et al., "Megatron-LM" (2019),
-    section 3, which exchanges as little.
-    """
-    found: Tensor = _VocabularyLoss.apply(scores_TV, target_T - first, scale, gathered)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _VocabularyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, scores_TV: Tensor, target_T: Tensor, scale: float, gathered: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        here_T = (target_T >= 0) & (target_T < scores_TV.shape[1])
-        at_T1 = target_T.clamp(0, scores_TV.shape[1] - 1)[:, None]
-        most_T = scores_TV.max(dim=1).values
-        sum_T = (scores_TV - most_T[:, None]).exp().sum(dim=1)
-        own_T = scores_TV.gather(1, at_T1)[:, 0] * here_T
-        most_RT, sum_RT, own_RT = gathered(torch.stack([most_T, sum_T, own_T])).unbind(dim=1)
-        top_T = most_RT.max(dim=0).values
-        total_T = (sum_RT * (most_RT - top_T).exp()).sum(dim=0)
-        share_TV = (scores_TV - top_T[:, None]).exp() / total_T[:, None]
-        ctx.save_for_backward(share_TV, at_T1, here_T)
-        ctx.scale = scale
-        return (total_T.log() + top_T - own_RT.sum(dim=0)).sum() * scale
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        share_TV, at_T1, here_T = ctx.saved_tensors
-        found = share_TV.scatter_add(1, at_T1, -here_T[:, None].to(share_TV.dtype))
-        return found * (gradient * ctx.scale), None, None, None
+        """The last layer's output gradient, or this rank's summand of it."""
+        assert passage.loss is not None
+        (found,) = self.works.back(task, passage, passage.loss.gradient())
+        passage.loss = None
+        where = (ENDS, "partial") if self.plan.tp > 1 else (self.rank.end(task.chunk), "g")
+        passage.values[where] = found

@@ -22,7 +22,7 @@ from moeplan.domain.feed_forward import DenseFeedForward, Experts
 from moeplan.domain.mixers import Attention, LatentAttention
 from moeplan.domain.model import Layer, Model
 from moeplan.domain.plan import Plan
-from moeplan.domain.program import Floats, Ints, Program, Stream
+from moeplan.domain.program import Floats, Ints, Program
 from moeplan.domain.scenario import Scenario
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import ExecutionError
@@ -201,8 +201,7 @@ def summary(found: Execution) -> dict[str, Any]:
     program, busy_s = found.timeline.program, _busy_s(found)
     sent: dict[str, int] = {}
     for task, _, size in found.sent_bytes.tolist():
-        is_exchange = program.tasks.stream_T[task] != Stream.COMPUTE
-        kind = program.kind(task) if is_exchange else "beside"
+        kind = program.kind(task)
         sent[kind] = sent.get(kind, 0) + size
     return {
         "step_s": found.timeline.step_s, "step_s_of_each": found.step_s_S.tolist(), "losses": list(found.losses),

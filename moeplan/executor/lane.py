@@ -24,7 +24,7 @@ from moeplan.executor.exchange import Wire
 from moeplan.executor.launch import describe
 from moeplan.partition.stages import Pipeline
 
-_COMPUTES = ("attention", "router", "dense", "shared", "experts", "merge", "head")
+_COMPUTES = ("attention", "router", "dense", "shared", "experts", "merge", "head", "embedding")
 
 
 class Task(NamedTuple):

@@ -132,6 +132,8 @@ def unit_specs(plan: Plan, scenario: Scenario, rank: int) -> list[UnitSpec]:
                 ]
             for spec in specs:
                 assert spec.columns * len(spec.experts) == weights.count(expert=spec.is_expert), spec
+            if plan.tp > 1:
+                assert sum(stop - start for start, stop in specs[0].whole_ranges()) == weights.replicated, specs[0]
             found += specs
     return found
 
@@ -293,7 +295,7 @@ class Sharding:
     """Gathers of weights, reductions of gradients, the optimizer."""
 
     def __init__(self, rank: Rank, wires: Mapping[str, Wire]) -> None:
-        self.rank, self.wire, self.beside = rank, wires["shard"], wires["beside"]
+        self.rank, self.wires = rank, wires
         self.optimizer_of = Optimizer(rank.units) if rank.scenario.workload.is_training else None
         self.holders: dict[int, tuple[int, ...]] = {}
         self.lock = threading.Lock()
@@ -307,7 +309,7 @@ class Sharding:
         table = unit.full if unit.full is not None and unit.spec.zero < 3 else unit.empty()
         chunks = unit.chunks(table)
         chunks[ring.me].copy_(unit.shard)
-        ring.gather(self.wire, chunks)
+        ring.gather(self.wires["shard"], chunks)
         unit.set_chunks(table, chunks)
         with self.lock:
             unit.full, self.holders[id(unit)] = table, _instance(task)
@@ -331,10 +333,10 @@ class Sharding:
         table = unit.gradient_of(max(task.microbatch, 0))
         chunks = unit.chunks(table)
         if unit.spec.zero == 0:
-            ring.all_reduce(self.wire, chunks)
+            ring.all_reduce(self.wires["shard"], chunks)
             unit.set_chunks(table, chunks)
             return
-        ring.reduce_scatter(self.wire, chunks)
+        ring.reduce_scatter(self.wires["shard"], chunks)
         unit.add_reduced(chunks[ring.me].clone())
         unit.gradients.clear() if unit.spec.zero == 1 else unit.gradients.pop(task.microbatch)
 
@@ -346,36 +348,36 @@ class Sharding:
             if self.rank.place in places:
                 ring = Ring.simple([self.rank.place_rank(task, place) for place in places], self.rank.number)
                 row = table[unit.spec.experts.index(expert)]
-                ring.all_reduce(self.wire, list(row.tensor_split(len(places))))
+                ring.all_reduce(self.wires["shard"], list(row.tensor_split(len(places))))
 
     def optimizer(self, task: Task) -> None:
         """AdamW on what this rank owns."""
         assert self.optimizer_of is not None
-        if len(self.rank.tensor_ranks) > 1:
-            self._sum_whole_weights()
         if self.keeps_gradients:
             self.final = [unit.final_gradient().clone() for unit in self.rank.units]
         self.optimizer_of.update()
 
-    def _sum_whole_weights(self) -> None:
-        """Tensor ranks that hold a weight whole have each the gradient of their own tokens, or heads."""
-        views = [view for unit in self.rank.units for view in _whole_views(unit)]
-        if not views:
-            return
-        ring, flat = Ring.simple(self.rank.tensor_ranks, self.rank.number), torch.cat([v.reshape(-1) for v in views])
-        ring.all_reduce(self.beside, list(flat.tensor_split(len(ring.ranks))))
-        for view, total in zip(views, flat.split([view.numel() for view in views]), strict=True):
-            view.copy_(total.view_as(view))
+    def tensor_gradients(self, task: Task) -> None:
+        """Of weights that tensor ranks hold whole each has the gradient of its own tokens, or heads; where columns are
+        another replica's there stands 0.
+        """
+        whole = [(unit, *columns) for unit in self.rank.units for columns in unit.spec.whole_ranges()]
+        ring, sizes = self.rank.ring(task), [stop - start for _, start, stop in whole]
+        flat = torch.zeros(sum(sizes), dtype=whole[0][0].gradient_dtype, device=self.rank.device)
+        pairs = [_owned(*place, part) for place, part in zip(whole, flat.split(sizes), strict=True)]
+        for gradient, part in pairs:
+            part.copy_(gradient)
+        ring.all_reduce(self.wires["tensor"], list(flat.tensor_split(len(ring.ranks))))
+        for gradient, part in pairs:
+            gradient.copy_(part)
 
 
-def _whole_views(unit: Unit) -> list[Tensor]:
-    table, own = unit.final_gradient(), unit.spec.own
-    found = []
-    for start, stop in unit.spec.whole_ranges():
-        low, high = max(start, own.start), min(stop, own.stop)
-        if low < high:
-            found.append(table[:, low - own.start : high - own.start])
-    return found
+def _owned(unit: Unit, start: int, stop: int, part: Tensor) -> tuple[Tensor, Tensor]:
+    """Of columns that `part` is for: the gradient of those that this rank owns, and their places in `part`."""
+    own = unit.spec.own
+    low = max(start, own.start)
+    high = max(low, min(stop, own.stop))
+    return unit.final_gradient()[0, low - own.start : high - own.start], part[low - start : high - start]
 
 
 def _instance(task: Task) -> tuple[int, ...]:

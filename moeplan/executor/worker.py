@@ -46,10 +46,9 @@ from moeplan.executor.works import Works
 from moeplan.executor.yardstick import Yardstick
 
 _OF_STREAM = {
-    Stream.COMPUTE: ("beside",), Stream.TENSOR: ("tensor",), Stream.EXPERT: ("expert",),
-    Stream.SHARD: ("shard",), Stream.PIPELINE: ("up", "down"),
+    Stream.TENSOR: ("tensor",), Stream.EXPERT: ("expert",), Stream.SHARD: ("shard",), Stream.PIPELINE: ("up", "down"),
 }  # fmt: skip
-_WIRES = ("tensor", "expert", "shard", "up", "down", "beside")
+_WIRES = ("tensor", "expert", "shard", "up", "down")
 _ROUNDS = 20
 """Of which the shortest tells how far the clock of another machine is off."""
 _TRIES = 20

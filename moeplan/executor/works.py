@@ -4,9 +4,7 @@ Values stand under the layer that they belong to: `x` what comes in, `h` behind 
 a gradient of `x`, `dh` one of `h`. A value with a part in its name (`in/0`) is of one part of the layer's tokens. Where
 tensor parallelism is, `full` is gathered and `partial` is one summand.
 
-Left to a task that has no time of its own in the program: the sums over tensor ranks that the ends of the model need,
-and those of gradients of weights that tensor ranks hold whole (the optimizer's); their bytes are counted with the
-task. A context-parallel rank projects keys and values in the task that gathers them.
+A context-parallel rank projects keys and values in the task that gathers them.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from torch.nn import functional as nn
 from moeplan.domain.program import Pass
 from moeplan.executor.copies import Relayed
 from moeplan.executor.dense import DenseWorks
+from moeplan.executor.ends import Loss
 from moeplan.executor.exchange import Wire
 from moeplan.executor.lane import Message, Task
 from moeplan.executor.layers import Tape, expert_rows, merged, routed
@@ -61,6 +60,7 @@ class Passage:
         """By layer, the keys and values of this rank's tokens, which are gathered once more on the way back."""
         self.relayed: dict[int, Relayed] = defaultdict(Relayed)
         """By layer, what it keeps of other ranks' tokens."""
+        self.loss: Loss | None = None
 
     def forget(self, layer: int, *, keep: str = "") -> None:
         """Drops the values of a layer."""
@@ -87,13 +87,13 @@ class Works:
 
     def handle(self, task: Task) -> None:
         """Does a task."""
-        if task.kind in ("parameters", "gradients", "optimizer"):
+        if task.kind in ("parameters", "gradients", "tensor_gradients", "optimizer"):
             getattr(self.sharding, task.kind)(task)
         elif task.kind == "send":
             self._send(task)
         else:
             passage = self.passages[task.chunk, task.microbatch]
-            if task.passes == Pass.WEIGHT_GRADIENT and task.kind != "embedding":
+            if task.passes == Pass.WEIGHT_GRADIENT and task.kind not in ("embedding", "tensor"):
                 for tape in passage.put_aside.pop((task.layer, task.kind, task.part), []):
                     tape.finish()
             else:

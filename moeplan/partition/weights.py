@@ -22,6 +22,8 @@ class Weights:
     layer: int
     dense: int
     expert: int
+    replicated: int
+    """Of the dense ones, those that each tensor-parallel rank holds whole."""
 
     def count(self, *, expert: bool) -> int:
         """Of one of the two kinds."""
@@ -35,16 +37,21 @@ def weights_of(stage: VirtualStage, model: Model, plan: Plan) -> Iterable[Weight
             layer=stage.first_layer + offset,
             dense=layer.dense_parameters_per_rank(plan.tp),
             expert=_expert_weights(layer, plan),
+            replicated=layer.replicated_parameters,
         )
-    dense = model.embedding_parameters_per_rank(plan.tp) if stage.has_embedding else 0
+    dense = replicated = 0
+    if stage.has_embedding or (stage.has_head and model.tied_embeddings):
+        dense += model.embedding_parameters_per_rank(plan.tp)
+        replicated += model.embedding_replicated_parameters
     if stage.has_head:
         dense += model.head_parameters_per_rank(plan.tp)
-        tied = model.tied_embeddings and not stage.has_embedding
-        dense += model.embedding_parameters_per_rank(plan.tp) if tied else 0
-    dense += sum(2 * model.hidden_size**2 + layer.dense_parameters_per_rank(plan.tp) for layer in stage.prediction)
+        replicated += model.head_replicated_parameters
+    joint = 2 * model.hidden_size**2
+    dense += sum(joint + layer.dense_parameters_per_rank(plan.tp) for layer in stage.prediction)
+    replicated += sum(joint + layer.replicated_parameters for layer in stage.prediction)
     expert = sum(_expert_weights(layer, plan) for layer in stage.prediction)
     if dense or expert:
-        yield Weights(layer=_ENDS, dense=dense, expert=expert)
+        yield Weights(layer=_ENDS, dense=dense, expert=expert, replicated=replicated)
 
 
 def _expert_weights(layer: Layer, plan: Plan) -> int:

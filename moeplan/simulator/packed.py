@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moeplan.cost.cost_model import Shares
 from moeplan.domain.program import Floats, Ints, Phase, Program, Rendezvous, Stream
 
-YIELDING = ("gradients", "parameters")
+YIELDING = ("gradients", "parameters", "tensor_gradients")
 """Kinds of exchange that are cut into micro-ops and give way under `a2a_first`."""
 EXPERT = ("dispatch", "combine")
 """Kinds for which they give way."""

@@ -13,9 +13,10 @@ from moeplan.grid import in_short
 
 SMALL = "tiny-moe-2-ranks"
 FEW = {
-    "choose.tp": 1, "choose.cp": 1, "choose.ep": 2, "choose.etp": 1, "choose.micro_batch": 1, "choose.recompute": "none",
-    "choose.zero_dense": 1, "choose.zero_expert": 1, "choose.overlap_degree": 1, "choose.schedule": "one_f_one_b",
-    "choose.rank_order": "tp-cp-ep-dp-pp", "choose.arbitration": "fair", "choose.all_to_all": "linear",
+    "choose.tp": 1, "choose.cp": 1, "choose.ep": 2, "choose.etp": 1, "choose.micro_batch": 1,
+    "choose.recompute": "none", "choose.zero_dense": 1, "choose.zero_expert": 1, "choose.overlap_degree": 1,
+    "choose.schedule": "one_f_one_b", "choose.rank_order": "tp-cp-ep-dp-pp", "choose.arbitration": "fair",
+    "choose.all_to_all": "linear",
 }  # fmt: skip
 """What leaves few plans, so that they are sought quickly."""
 

@@ -148,11 +148,42 @@ def test_uneven_routing_sends_what_the_router_says() -> None:
 @pytest.mark.parametrize(("model", "halves"), [("tiny-moe", 1), ("tiny-dense", 2)])
 @pytest.mark.parametrize("tp", [2])
 def test_tensor_parallelism_gathers_and_scatters_around_each_block(model: str, halves: int, tp: int) -> None:
-    """Per block and pass one gather and one scatter, in which tp ranks each send (tp - 1) / tp of the hidden states."""
+    """Per block and pass one gather and one scatter, in which tp ranks each send (tp - 1) / tp of the hidden states; at
+    both ends of the model one of the two.
+    """
     given = tiny(model)
     found = sent_bytes(compiled(given, dp=8 // tp, tp=tp, stages=(4,)), given)
     hidden = given.workload.step_tokens * 256 * BF16
-    assert found["tensor"] == pytest.approx(2 * 2 * halves * 4 * hidden * (tp - 1))
+    assert found["tensor"] == pytest.approx(2 * 2 * (halves * 4 + 1) * hidden * (tp - 1))
+
+
+def test_tensor_ranks_tell_each_other_three_numbers_of_each_token() -> None:
+    given = tiny()
+    for tp in (2, 4):
+        found = sent_bytes(compiled(given, dp=8 // tp, tp=tp, stages=(4,)), given)
+        assert found["scores"] == pytest.approx(3 * 4 * given.workload.step_tokens * tp * (tp - 1))
+
+
+def test_tensor_ranks_sum_the_gradients_of_norms_and_routers() -> None:
+    """Two norms of 256 and a router of 8 experts in each of 4 layers, and the last norm; all are summed at once."""
+    given = tiny()
+    whole = 4 * (2 * 256 + 8 * 256) + 256
+    for tp in (2, 4):
+        program = compiled(given, dp=8 // tp, tp=tp, stages=(4,))
+        assert sent_bytes(program, given)["tensor_gradients"] == pytest.approx(2 * (tp - 1) * (8 // tp) * whole * FP32)
+
+
+def test_the_sum_over_tensor_ranks_stands_between_reductions_and_the_optimizer() -> None:
+    program = compiled(tiny(), dp=2, tp=2, pp=2, stages=(2, 2), schedule="zero_bubble")
+    kinds = np.array([program.kind(task) for task in range(len(program.tasks.lane_T))])
+    for task in np.flatnonzero(kinds == "tensor_gradients").tolist():
+        lane = program.tasks.lane_T == program.tasks.lane_T[task]
+        before = program.before_D[program.after_D == task]
+        assert set(np.flatnonzero(lane & (kinds == "gradients"))) <= set(before)
+        computed = np.flatnonzero(lane & (program.tasks.stream_T == Stream.COMPUTE) & (kinds != "optimizer"))
+        assert computed[-1] in before
+        (update,) = np.flatnonzero(lane & (kinds == "optimizer"))
+        assert task in program.before_D[program.after_D == update]
 
 
 def test_context_parallelism_gathers_keys_and_values() -> None:
