@@ -431,7 +431,8 @@ def _by_parts(
     for o, parts in enumerate(branch.overlap_degree):
         at = slice(o, None, len(branch.overlap_degree))
         columns: dict[str, Any] = {name: getattr(x, name) for name in Exchanges.__dataclass_fields__}
-        some = Exchanges(**{n: each[at] if isinstance(each, np.ndarray) else each for n, each in columns.items()})
+        columns = {name: each[at] if isinstance(each, np.ndarray) else each for name, each in columns.items()}
+        some = Exchanges(**columns)
         chain = chain_of({name: value[at] for name, value in cost.items()}, some, parts=parts, **flags)
         for name, value in out.items():
             value[at] = getattr(chain, name)
