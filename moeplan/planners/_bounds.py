@@ -343,42 +343,34 @@ class Bounds:
         kinds, act = prices.kinds[0], prices.element_bytes("activations")
         tensor, context = cheapest(prices, grid, "tp"), cheapest(prices, grid, "cp")
         sizes = tuple(len(values) for values in branch.lists[:4])
-        columns = {
-            name: np.zeros((len(kinds), *sizes))
-            for name in ("t", "tf", "c", "cf", "x", "xf", "d", "h", "b", "df", "bf", "db", "bb", "e")
-        }
+        fields = Exchanges.__dataclass_fields__.keys() - {"is_certain", "is_even", "shares"}
+        columns = {name: np.zeros((len(kinds), *sizes)) for name in sorted(fields)}
         experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 2, 4))
-        certain = np.full(sizes, prices.is_even and not self.coarse)
+        certain = np.zeros(sizes, bool)
         for m, micro_batch in enumerate(branch.micro_batch):
             plan, load = prices.load(grid.ep, grid.etp, grid.tp, grid.cp, micro_batch)
             batch = micro_batch * workload.query_length
             group = batch if workload.phase == "decode" else batch // grid.cp
             if grid.tp > 1:
                 size = group * model.hidden_size * act
-                columns["t"][:, m] = tensor.latency_s + tensor.per_byte_s * size
-                columns["tf"][:, m] = tensor.flow_s_per_byte * size
+                columns["tensor"][:, m] = tensor.latency_s + tensor.per_byte_s * size
+                columns["tensor_flow"][:, m] = tensor.flow_s_per_byte * size
             for (r, recompute), (o, parts) in product(enumerate(branch.recompute), enumerate(branch.overlap_degree)):
                 experts[m, r, o] = prices.experts(plan, load, recompute=recompute, parts=parts)
-                certain[m, r, :, o] &= load is None or parts == 1 or prices.is_whole(load, parts)
+                certain[m, r, :, o] = prices.is_certain(load, parts)
             for k, kind in enumerate(kinds):
                 per_token = sum(block.cache_elements_per_token(grid.tp) for block in kind.layer.blocks)
                 if grid.cp > 1 and per_token and workload.phase != "decode":
-                    columns["c"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
-                    columns["cf"][k, m] = context.flow_s_per_byte * per_token * batch * act
+                    columns["context"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
+                    columns["context_flow"][k, m] = context.flow_s_per_byte * per_token * batch * act
                 if kind.layer.is_moe and load is not None:
                     out = {name: column[k, m] for name, column in columns.items()}
                     self._routed(out, kind, branch, grid, load, micro_batch=micro_batch)
-        early = columns["e"].max(axis=0).ravel()
+        columns["early"][:] = columns["early"].max(axis=0)
         return [
             Exchanges(
-                tensor=columns["t"][k].ravel(), tensor_flow=columns["tf"][k].ravel(), context=columns["c"][k].ravel(),
-                context_flow=columns["cf"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
-                expert_tensor_flow=columns["xf"][k].ravel(),
-                dispatch=columns["d"][k].ravel(), dispatch_hottest=columns["h"][k].ravel(),
-                combine=columns["b"][k].ravel(), dispatch_flow=columns["df"][k].ravel(),
-                combine_flow=columns["bf"][k].ravel(), dispatch_bytes=columns["db"][k].ravel(),
-                combine_bytes=columns["bb"][k].ravel(), early=early, is_certain=certain.ravel(), is_even=prices.is_even,
-                shares=self._shares,
+                **{name: column[k].ravel() for name, column in columns.items()}, is_certain=certain.ravel(),
+                is_even=prices.is_even, shares=self._shares,
             )
             for k in range(len(kinds))
         ], experts  # fmt: skip
@@ -399,19 +391,22 @@ class Bounds:
                 both, own, home, first = (even_wire(prices, grid, algorithm, micro_batch, kind.moe),) * 4
             else:
                 both, own, home, first = uneven_wires(prices, grid, algorithm, load, kind.moe)
-            out["d"][:, a] = sure * both.latency_s + both.per_byte_s * there_O
-            out["h"][:, a] = sure * own.latency_s + own.per_byte_s * there_O
-            out["b"][:, a] = sure * home.latency_s + home.per_byte_s * back_O
-            out["db"][:, a], out["bb"][:, a] = there_O, back_O
-            out["df"][:, a], out["bf"][:, a] = both.flow_s_per_byte * there_O, home.flow_s_per_byte * back_O
+            out["dispatch"][:, a] = sure * both.latency_s + both.per_byte_s * there_O
+            out["dispatch_hottest"][:, a] = sure * own.latency_s + own.per_byte_s * there_O
+            out["combine"][:, a] = sure * home.latency_s + home.per_byte_s * back_O
+            out["dispatch_bytes"][:, a], out["combine_bytes"][:, a] = there_O, back_O
+            out["dispatch_flow"][:, a], out["combine_flow"][:, a] = (
+                both.flow_s_per_byte * there_O,
+                home.flow_s_per_byte * back_O,
+            )
             first_s = sure * home.latency_s if self.coarse else first.latency_s + first.per_byte_s * back_O
-            out["e"][:, a] = out["b"][:, a] - first_s
+            out["early"][:, a] = out["combine"][:, a] - first_s
         if grid.etp > 1:
             wire, width = cheapest(prices, grid, "etp"), experts.expert_input * prices.element_bytes("activations")
             for o, parts in enumerate(branch.overlap_degree):
                 rows = sum(load.rows(kind.moe, hottest(load, kind.moe), part=0, parts=parts))
-                out["x"][..., o] = wire.latency_s + wire.per_byte_s * rows * width
-                out["xf"][..., o] = wire.flow_s_per_byte * rows * width
+                out["expert_tensor"][..., o] = wire.latency_s + wire.per_byte_s * rows * width
+                out["expert_tensor_flow"][..., o] = wire.flow_s_per_byte * rows * width
 
 
 def _spread(table: Floats, sizes: tuple[int, ...]) -> Floats:

@@ -206,10 +206,16 @@ class Prices:
             self.cache[key] = least_spread(self._real(load))
         return self.cache[key]  # type: ignore[return-value]
 
-    @staticmethod
-    def is_whole(load: Load, parts: int) -> bool:
-        """Whether so many parts of the tokens of an expert are equal, in all layers under even routing."""
-        return not any(rows % parts for moe in range(len(load.chosen)) for rows in load.rows(moe, 0, part=0, parts=1))
+    def is_certain(self, load: Load | None, parts: int) -> bool:
+        """Whether what is said of a layer's kernels is what they take, and no bound: where routing is even, all experts
+        of all layers get the same in each of `parts` parts, and all layers that predict further tokens are of one kind.
+        """
+        if not self.is_even or self.coarse or len(set(self.kinds[2])) > 1:
+            return False
+        if load is None:
+            return True
+        rows = {rows for moe in range(len(load.chosen)) for rows in load.rows(moe, 0, part=0, parts=1)}
+        return len(rows) == 1 and not any(each % parts for each in rows)
 
     def _real(self, load: Load) -> Load:
         """What an evened load was."""
@@ -287,7 +293,7 @@ class Prices:
         for k, kind in enumerate(self.kinds[0]):
             if kind.layer.experts is None:
                 continue
-            every = [_sorted(load, moe) for moe in self._alike(kind)]
+            every = [np.sort(load.tokens_SE_by_layer[moe].sum(axis=0))[::-1] for moe in self._alike(kind)]
             loads = {tokens_E.tobytes(): tokens_E for tokens_E in every}
             for p, which in enumerate(PASSES):
                 least = LeastExperts(
@@ -392,8 +398,3 @@ def hottest_of_all(load: Load) -> int:
 def _by_place(load: Load, moe: int) -> Floats:
     by_expert = load.tokens_SE_by_layer[moe].sum(axis=0)
     return np.asarray(by_expert.reshape(load.num_places, -1).sum(axis=1))
-
-
-def _sorted(load: Load, moe: int) -> Floats:
-    """Tokens of each expert of a layer, falling."""
-    return np.asarray(np.sort(load.tokens_SE_by_layer[moe].sum(axis=0))[::-1])

@@ -18,8 +18,8 @@ Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 @dataclass(order=True, slots=True)
 class Entry:
-    """A branch not yet opened, an opened one (by its best row left), a row with closer bounds (by its best plan left),
-    or a plan.
+    """A branch not yet opened, an opened one (by its best row left), or a row with closer bounds (by its best plan
+    left).
     """
 
     bound_s: float
@@ -83,35 +83,37 @@ class Later:
     """Plans that are not likely to be the best, by the step that each is likely to take."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, Entry]] = []
+        self._heap: list[tuple[float, float, int, Plan]] = []
+        self._count = 0
         self.least_s = inf
         """Of their bounds."""
 
     def __len__(self) -> int:
         return len(self._heap)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return (entry for _, entry in self._heap)
+    def __iter__(self) -> Iterator[tuple[Plan, float]]:
+        return ((plan, bound_s) for _, bound_s, _, plan in self._heap)
 
-    def push(self, likely_s: float, entry: Entry) -> None:
+    def push(self, likely_s: float, plan: Plan, bound_s: float) -> None:
         """One plan more."""
-        heapq.heappush(self._heap, (likely_s, entry))
-        self.least_s = min(self.least_s, entry.bound_s)
+        self._count += 1
+        heapq.heappush(self._heap, (likely_s, bound_s, self._count, plan))
+        self.least_s = min(self.least_s, bound_s)
 
-    def pop(self) -> Entry:
-        """The likeliest."""
-        _, entry = heapq.heappop(self._heap)
-        self._count()
-        return entry
+    def pop(self) -> tuple[Plan, float]:
+        """The likeliest, and its bound."""
+        _, bound_s, _, plan = heapq.heappop(self._heap)
+        self._find_least()
+        return plan, bound_s
 
-    def take(self, is_chosen: Callable[[Plan], bool]) -> list[Entry]:
-        """All plans of a kind, the likeliest first."""
-        chosen = [each for each in sorted(self._heap) if isinstance(each[1].what, Plan) and is_chosen(each[1].what)]
+    def take(self, is_chosen: Callable[[Plan], bool]) -> list[tuple[Plan, float]]:
+        """All plans of a kind and their bounds, the likeliest first."""
+        chosen = [each for each in sorted(self._heap) if is_chosen(each[3])]
         for each in chosen:
             self._heap.remove(each)
         heapq.heapify(self._heap)
-        self._count()
-        return [entry for _, entry in chosen]
+        self._find_least()
+        return [(plan, bound_s) for _, bound_s, _, plan in chosen]
 
-    def _count(self) -> None:
-        self.least_s = min((entry.bound_s for entry in self), default=inf)
+    def _find_least(self) -> None:
+        self.least_s = min((bound_s for _, bound_s in self), default=inf)

@@ -132,7 +132,7 @@ class Search:
             if ahead:
                 self._advance(heapq.heappop(self._queue))
             else:
-                self._simulate(self._later.pop())
+                self.simulate(*self._later.pop())
         else:
             self.front_s = np.inf
         if self.best is None:
@@ -145,15 +145,16 @@ class Search:
     def unresolved(self) -> int:
         """Plans that were not simulated and may be faster than the best found: all of a branch that was not opened."""
         assert self.best is not None
-        total, best_s = 0, self.best.step_s * (1 - _ROUNDING)
-        for entry in (*self._queue, *self._later):
+        best_s = self.best.step_s * (1 - _ROUNDING)
+        total = sum(bound_s < best_s for _, bound_s in self._later)
+        for entry in self._queue:
             if entry.bound_s < best_s:
                 if isinstance(entry.what, Branch):
                     total += entry.what.size
                 elif isinstance(entry.what, Weighed):
                     total += int(entry.what.fits.sum()) * len(entry.what.branch.arbitration)
-                else:
-                    total += entry.what.num_below(best_s) if isinstance(entry.what, Opened | Row) else 1
+                elif isinstance(entry.what, Opened | Row):
+                    total += entry.what.num_below(best_s)
         return total
 
     def _is_enough(self, bound_s: float) -> bool:
@@ -184,25 +185,17 @@ class Search:
         heapq.heappush(self._queue, Entry(bound_s, self._count, rank, what))
 
     def _advance(self, entry: Entry) -> None:
-        if entry.rank == 0:
-            assert isinstance(entry.what, Branch)
-            self._push(max(entry.bound_s, float(self._glance.bounds.pipeline_s(entry.what).min())), 1, entry.what)
-        elif entry.rank == 1:
-            assert isinstance(entry.what, Branch)
-            self._weigh(entry.what, entry.bound_s)
-        elif entry.rank == 2:
-            assert isinstance(entry.what, Weighed)
-            self._open(entry.what)
-        elif entry.rank == 3:
-            assert isinstance(entry.what, Opened)
-            self._next_row(entry.what)
-        else:
-            assert isinstance(entry.what, Row)
-            self._next_plans(entry.what)
-
-    def _simulate(self, entry: Entry) -> None:
-        assert isinstance(entry.what, Plan)
-        self.simulate(entry.what, entry.bound_s)
+        what, bound_s = entry.what, entry.bound_s
+        if isinstance(what, Branch) and entry.rank == 0:
+            self._push(max(bound_s, float(self._glance.bounds.pipeline_s(what).min())), 1, what)
+        elif isinstance(what, Branch):
+            self._weigh(what, bound_s)
+        elif isinstance(what, Weighed):
+            self._open(what)
+        elif isinstance(what, Opened):
+            self._next_row(what)
+        elif isinstance(what, Row):
+            self._next_plans(what)
 
     def _is_promising(self, plan: Plan, likely_s: float) -> bool:
         """Whether it is likely to be better than the best, plans that differ in what seldom counts are not simulated
@@ -221,9 +214,9 @@ class Search:
         for name in ("arbitration", "rank_order"):
             best = self.best.plan.model_copy(update={"placement": None})
             same = {name: getattr(best, name)}
-            for entry in self._later.take(lambda plan: plan.model_copy(update=same) == best):  # noqa: B023
-                if entry.bound_s < self.best.step_s:
-                    self._simulate(entry)
+            for plan, bound_s in self._later.take(lambda plan: plan.model_copy(update=same) == best):  # noqa: B023
+                if bound_s < self.best.step_s:
+                    self.simulate(plan, bound_s)
 
     @property
     def _glance(self) -> StepBounds:
@@ -330,12 +323,11 @@ class Search:
         if row.least_s < inf:
             self._push(row.least_s, 4, row)
         for plan in plans:
-            self._count += 1
             likely_s = bound_s * min(_LOOSE, self._over.get(_family(plan), 1.0))
             if self._is_promising(plan, likely_s):
                 self.simulate(plan, bound_s)
             else:
-                self._later.push(likely_s, Entry(bound_s, self._count, 5, plan))
+                self._later.push(likely_s, plan, bound_s)
 
     def _timeline(self, plan: Plan) -> Timeline:
         found = simulate(compile_plan(plan, self.scenario), self.cost_model)

@@ -19,7 +19,7 @@ from moeplan.jit import compiled
 
 Kind = Literal["F", "B", "I", "W"]
 KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
-_NOBODY = -1
+_W, _NOBODY = KINDS.index("W"), -1
 
 
 class Action(NamedTuple):
@@ -233,7 +233,7 @@ def _run(
 ) -> Ints:  # fmt: skip
     """Runs each stage until it must wait, in turn, until all wait or are through: the slots they then stand at."""
     at_S = first_S[:-1].copy()
-    begins_s, ends_s = np.zeros(2), np.zeros(2)
+    begins_s, ends_s, own_s = np.zeros(2), np.zeros(2), np.zeros(2)
     moved = True
     while moved:
         moved = False
@@ -241,46 +241,42 @@ def _run(
             while at_S[stage] < first_S[stage + 1]:
                 x = at_S[stage]
                 clock_s = finish_s[x - 1] if x > first_S[stage] else 0.0
-                actions = 1 if kind_XA[x, 1] == _NOBODY else 2
-                waits = False
-                for a in range(actions):
-                    kind, chunk, microbatch = kind_XA[x, a], chunk_XA[x, a], microbatch_XA[x, a]
-                    begins_s[a] = clock_s
-                    for n in range(2):
-                        need = needs_SCKN[stage, chunk, kind, n] + microbatch
-                        there_s = done_s[need]
-                        if np.isnan(there_s):
-                            waits = True
-                            break
-                        if n == 0:
-                            there_s += seconds_SCKT[stage, chunk, kind, 1]
-                        if done_by[need] != stage and done_by[need] != _NOBODY:
-                            there_s += hop_s
-                        begins_s[a] = max(begins_s[a], there_s)
-                    if waits:
-                        break
-                if waits:
+                count = 1 if kind_XA[x, 1] == _NOBODY else 2
+                for a in range(count):
+                    needs_N = needs_SCKN[stage, chunk_XA[x, a], kind_XA[x, a]] + microbatch_XA[x, a]
+                    own_s[a], later_s = seconds_SCKT[stage, chunk_XA[x, a], kind_XA[x, a]]
+                    begins_s[a] = _begin_s(stage, clock_s, needs_N, later_s, hop_s, done_s, done_by)
+                if np.isnan(begins_s[:count]).any():
                     break
-                if actions == 1:
-                    ends_s[0] = begins_s[0] + seconds_SCKT[stage, chunk_XA[x, 0], kind_XA[x, 0], 0]
-                elif hides:
-                    path_22 = paths_T22[pair_X[x]]
-                    for a in range(2):
-                        ends_s[a] = max(begins_s[0] + path_22[0, a], begins_s[1] + path_22[1, a])
-                else:
-                    both_s = 0.0
-                    for a in range(2):
-                        both_s += seconds_SCKT[stage, chunk_XA[x, a], kind_XA[x, a], 0]
-                    ends_s[:] = max(begins_s[0], begins_s[1]) + both_s
-                start_s[x], finish_s[x] = begins_s[:actions].min(), ends_s[:actions].max()
-                for a in range(actions):
-                    own = needs_SCKN[stage, chunk_XA[x, a], kind_XA[x, a], 2]
-                    if own != _NOBODY:
-                        done_s[own + microbatch_XA[x, a]] = ends_s[a]
-                        done_by[own + microbatch_XA[x, a]] = stage
+                for a in range(count):
+                    if count == 1 or not hides:
+                        ends_s[a] = begins_s[:count].max() + own_s[:count].sum()
+                    else:
+                        ends_s[a] = (begins_s + paths_T22[pair_X[x], :, a]).max()
+                    if kind_XA[x, a] != _W:
+                        own = needs_SCKN[stage, chunk_XA[x, a], kind_XA[x, a], 2] + microbatch_XA[x, a]
+                        done_s[own], done_by[own] = ends_s[a], stage
+                start_s[x], finish_s[x] = begins_s[:count].min(), ends_s[:count].max()
                 at_S[stage] += 1
                 moved = True
     return at_S
+
+
+@compiled
+def _begin_s(
+    stage: int, clock_s: float, needs_N: Ints, later_s: float, hop_s: float, done_s: Floats, done_by: Ints
+) -> float:
+    """When an action may begin on a stage that is free at `clock_s`; nan if what it needs is not done."""
+    for n in range(2):
+        there_s, by = float(done_s[needs_N[n]]), done_by[needs_N[n]]
+        if n == 0:
+            there_s += later_s
+        if by != stage and by != _NOBODY:
+            there_s += hop_s
+        if np.isnan(there_s):
+            return there_s
+        clock_s = max(clock_s, there_s)
+    return clock_s
 
 
 def _show(slot: Slot) -> str:
