@@ -63,6 +63,7 @@ class Bounds:
     _of_branch: dict[int, tuple[Branch, Chains]] = field(default_factory=dict)
     _floors: dict[int, tuple[Floats, Floats, Floats]] = field(default_factory=dict)
     _shapes: dict[tuple[object, ...], Shape] = field(default_factory=dict)
+    _pipelines: dict[tuple[object, ...], Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prices = Prices(
@@ -118,10 +119,14 @@ class Bounds:
         return found[0], found[1], loose[0] + np.maximum(loose[1], loose[2])
 
     def pipeline_s(self, branch: Branch) -> Floats:
-        """[U]: of all passes, without what is done once a step."""
-        passes = self.passes(branch)
-        fill, work, drain = self.ranks_s(branch, passes)
-        return np.asarray((fill + work + drain).max(axis=0))
+        """[U]: of all passes, without what is done once a step; orders of ranks with the same wires share it."""
+        layout = branch.layout
+        shape = (layout.stages, layout.schedule, layout.vpp, layout.pp)
+        key = (id(self.chains(branch)), *shape, send_wire(self.prices, layout))
+        if key not in self._pipelines:
+            fill, work, drain = self.ranks_s(branch, self.passes(branch))
+            self._pipelines[key] = (fill + work + drain).max(axis=0)
+        return self._pipelines[key]
 
     def ranks_s(self, branch: Branch, passes: Passes, *, closely: bool = False) -> tuple[Floats, Floats, Floats]:
         """[P, U]: when each pipeline rank can start, how long it works, and what must follow its last pass.
