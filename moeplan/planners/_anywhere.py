@@ -102,14 +102,14 @@ class LeastExperts:
         parts, copies = self.plan.overlap_degree, self.plan.ep if self.replicas else 1
         mean_E = np.maximum(tokens_E - 0.5 * copies, 0.0) / parts
         least_E = np.maximum(np.floor(mean_E) - copies, 0.0)
-        tiles, padded = self._padded(least_E, copies)
+        padded = self._padded(least_E, copies)
         read = int(np.count_nonzero(tokens_E / copies - 0.5 >= parts)) // self.plan.ep
         mean_s = self._fluid_s(floor(float(mean_E.sum()) / self.plan.ep), padded=padded, read=read)
-        hottest = max(mean_s, self._tiles_s(ceil(tiles * (1 - _ROUNDING))))
-        return ExpertSeconds(hottest=max(hottest, self._fullest_s(tokens_E)), mean=mean_s)
+        hottest = max(mean_s, self._whole_tiles_s(tokens_E, copies), self._fullest_s(tokens_E))
+        return ExpertSeconds(hottest=hottest, mean=mean_s)
 
-    def _padded(self, least_E: Floats, copies: int) -> tuple[float, float]:
-        """Of a place on average: tiles of `TILE` rows, and rows with those that fill up tiles.
+    def _padded(self, least_E: Floats, copies: int) -> float:
+        """Of a place on average: rows with those that fill up tiles.
 
         An expert with more than `SHORT` rows makes all tiles of its place high; experts with fewer, and what another
         can have in replicas with fewer, may stand where all tiles are low.
@@ -118,7 +118,28 @@ class LeastExperts:
         high_E = np.where(high_E > SHORT, high_E, 0.0)
         tiles = float(np.ceil(high_E / TILE).sum())
         low = float(np.ceil((least_E - high_E) / SHORTEST).sum())
-        return tiles / self.plan.ep, (tiles * TILE + low * SHORTEST) / self.plan.ep
+        return (tiles * TILE + low * SHORTEST) / self.plan.ep
+
+    def _whole_tiles_s(self, tokens_E: Floats, copies: int) -> float:
+        """Of the place with most tiles in the smallest part, which is the first one on each place.
+
+        Places are low, where no expert has more than `SHORT` rows, or high, where all tiles have `TILE` rows. Where a
+        low place cannot have as many rows as places have on average, there are high ones. If all are, they have all
+        tiles of all experts, each expert's last one begun; else the high ones have all rows but those that one low
+        place can have, or more each. Of the places with that many tiles or more, one has as many rows as are left when
+        all others are full of one tile less, or the mean.
+        """
+        places, parts = self.plan.ep, self.plan.overlap_degree
+        lost = 0.0 if copies == 1 and parts == 1 and not (tokens_E % 1).any() else copies * (1 - 0.5 / parts)
+        rows_E = np.maximum(tokens_E / parts - lost, 0.0)
+        total, most_low = float(rows_E.sum()), SHORT * (tokens_E.size if copies > 1 else tokens_E.size // places)
+        if total <= most_low * places:
+            return 0.0
+        tiles = float(np.ceil(rows_E * (1 - _ROUNDING) / TILE).sum()) / places
+        if places > 1:
+            tiles = min(tiles, (total - most_low) / (places - 1) / TILE)
+        whole = ceil(tiles * (1 - _ROUNDING))
+        return self._tiles_s(whole, rows=floor(min(total / places, total - (places - 1) * (whole - 1) * TILE)))
 
     def _measured(self, tokens_E: Floats) -> ExpertSeconds:
         """Of a place on average, where products were measured: they know no tiles, and each row costs the same."""
@@ -139,15 +160,17 @@ class LeastExperts:
             return self._fluid_s(rows, padded=rows, read=1)
         return self.cost_model.cost(self._work((rows,))).seconds
 
-    def _tiles_s(self, tiles: int) -> float:
-        """Of the place with most tiles of rows: the products alone, and the launches of all."""
-        gpu = self.cost_model.gpu
-        kernels = self._work((tiles * TILE,)).kernels
-        grouped = [
-            start_s(kernel, gpu) + arithmetic_s(kernel, gpu) if kernel.kind == "grouped_gemm" and kernel.flops else 0.0
-            for kernel in kernels
-        ]
-        return sum(max(seconds, gpu.kernel_launch_s) for seconds in grouped)
+    def _tiles_s(self, tiles: int, *, rows: int) -> float:
+        """Of a place with so many tiles and at least so many rows, as if they were all of one expert."""
+        gpu, total = self.cost_model.gpu, 0.0
+        for full, kernel in zip(self._work((tiles * TILE,)).kernels, self._work((rows,)).kernels, strict=True):
+            if kernel.kind == "grouped_gemm":
+                seconds = beside_memory_s(arithmetic_s(full, gpu), self.cost_model.memory_s(kernel))
+                seconds += start_s(kernel, gpu)
+            else:
+                seconds = self.cost_model.kernel_s(kernel)
+            total += max(seconds, gpu.kernel_launch_s)
+        return total
 
     def _fluid_s(self, rows: int, *, padded: float, read: int) -> float:
         """Of a place on average: its rows, with padding, as if neither tiles nor waves were whole; it reads `read`

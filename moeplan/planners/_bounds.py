@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class Bounds:
     _of_branch: dict[int, tuple[Branch, Chains]] = field(default_factory=dict)
     _floors: dict[int, tuple[Floats, Floats, Floats]] = field(default_factory=dict)
     _shapes: dict[tuple[object, ...], Shape] = field(default_factory=dict)
+    _pipelines: dict[tuple[object, ...], Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prices = Prices(
@@ -117,10 +119,14 @@ class Bounds:
         return found[0], found[1], loose[0] + np.maximum(loose[1], loose[2])
 
     def pipeline_s(self, branch: Branch) -> Floats:
-        """[U]: of all passes, without what is done once a step."""
-        passes = self.passes(branch)
-        fill, work, drain = self.ranks_s(branch, passes)
-        return np.asarray((fill + work + drain).max(axis=0))
+        """[U]: of all passes, without what is done once a step; orders of ranks with the same wires share it."""
+        layout = branch.layout
+        shape = (layout.stages, layout.schedule, layout.vpp, layout.pp)
+        key = (id(self.chains(branch)), *shape, send_wire(self.prices, layout))
+        if key not in self._pipelines:
+            fill, work, drain = self.ranks_s(branch, self.passes(branch))
+            self._pipelines[key] = (fill + work + drain).max(axis=0)
+        return self._pipelines[key]
 
     def ranks_s(self, branch: Branch, passes: Passes, *, closely: bool = False) -> tuple[Floats, Floats, Floats]:
         """[P, U]: when each pipeline rank can start, how long it works, and what must follow its last pass.
@@ -342,35 +348,34 @@ class Bounds:
         kinds, act = prices.kinds[0], prices.element_bytes("activations")
         tensor, context = cheapest(prices, grid, "tp"), cheapest(prices, grid, "cp")
         sizes = tuple(len(values) for values in branch.lists[:4])
-        columns = {
-            name: np.zeros((len(kinds), *sizes))
-            for name in ("t", "c", "x", "xf", "d", "h", "b", "df", "bf", "db", "bb", "e")
-        }
+        fields = Exchanges.__dataclass_fields__.keys() - {"is_certain", "is_even", "shares"}
+        columns = {name: np.zeros((len(kinds), *sizes)) for name in sorted(fields)}
         experts = np.zeros((sizes[0], sizes[1], sizes[3], len(kinds), 2, 4))
+        certain = np.zeros(sizes, bool)
         for m, micro_batch in enumerate(branch.micro_batch):
             plan, load = prices.load(grid.ep, grid.etp, grid.tp, grid.cp, micro_batch)
             batch = micro_batch * workload.query_length
             group = batch if workload.phase == "decode" else batch // grid.cp
             if grid.tp > 1:
-                columns["t"][:, m] = tensor.latency_s + tensor.per_byte_s * group * model.hidden_size * act
+                size = group * model.hidden_size * act
+                columns["tensor"][:, m] = tensor.latency_s + tensor.per_byte_s * size
+                columns["tensor_flow"][:, m] = tensor.flow_s_per_byte * size
             for (r, recompute), (o, parts) in product(enumerate(branch.recompute), enumerate(branch.overlap_degree)):
                 experts[m, r, o] = prices.experts(plan, load, recompute=recompute, parts=parts)
+                certain[m, r, :, o] = prices.is_certain(load, parts)
             for k, kind in enumerate(kinds):
                 per_token = sum(block.cache_elements_per_token(grid.tp) for block in kind.layer.blocks)
                 if grid.cp > 1 and per_token and workload.phase != "decode":
-                    columns["c"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
+                    columns["context"][k, m] = context.latency_s + context.per_byte_s * per_token * batch * act
+                    columns["context_flow"][k, m] = context.flow_s_per_byte * per_token * batch * act
                 if kind.layer.is_moe and load is not None:
                     out = {name: column[k, m] for name, column in columns.items()}
                     self._routed(out, kind, branch, grid, load, micro_batch=micro_batch)
-        early = columns["e"].max(axis=0).ravel()
+        columns["early"][:] = columns["early"].max(axis=0)
         return [
             Exchanges(
-                tensor=columns["t"][k].ravel(), context=columns["c"][k].ravel(), expert_tensor=columns["x"][k].ravel(),
-                expert_tensor_flow=columns["xf"][k].ravel(),
-                dispatch=columns["d"][k].ravel(), dispatch_hottest=columns["h"][k].ravel(),
-                combine=columns["b"][k].ravel(), dispatch_flow=columns["df"][k].ravel(),
-                combine_flow=columns["bf"][k].ravel(), dispatch_bytes=columns["db"][k].ravel(),
-                combine_bytes=columns["bb"][k].ravel(), early=early, is_even=prices.is_even, shares=self._shares,
+                **{name: column[k].ravel() for name, column in columns.items()}, is_certain=certain.ravel(),
+                is_even=prices.is_even, shares=self._shares,
             )
             for k in range(len(kinds))
         ], experts  # fmt: skip
@@ -384,26 +389,29 @@ class Bounds:
         parts_O = np.array(branch.overlap_degree, np.float64)
         tokens, _ = load.traffic(kind.moe)
         elements_O = tokens * prices.spread(load) * experts.expert_input / parts_O / grid.etp
-        sure = prices.sure
+        sure = prices.sure(load, kind)
         there_O, back_O = (elements_O * prices.element_bytes(way) for way in ("dispatch", "combine"))
         for a, algorithm in enumerate(branch.all_to_all if grid.ep > 1 else ()):
             if prices.is_even:
                 both, own, home, first = (even_wire(prices, grid, algorithm, micro_batch, kind.moe),) * 4
             else:
                 both, own, home, first = uneven_wires(prices, grid, algorithm, load, kind.moe)
-            out["d"][:, a] = sure * both.latency_s + both.per_byte_s * there_O
-            out["h"][:, a] = sure * own.latency_s + own.per_byte_s * there_O
-            out["b"][:, a] = sure * home.latency_s + home.per_byte_s * back_O
-            out["db"][:, a], out["bb"][:, a] = there_O, back_O
-            out["df"][:, a], out["bf"][:, a] = both.flow_s_per_byte * there_O, home.flow_s_per_byte * back_O
-            first_s = 0.0 if self.coarse else first.latency_s + first.per_byte_s * back_O
-            out["e"][:, a] = out["b"][:, a] - first_s
+            out["dispatch"][:, a] = sure * both.latency_s + both.per_byte_s * there_O
+            out["dispatch_hottest"][:, a] = sure * own.latency_s + own.per_byte_s * there_O
+            out["combine"][:, a] = sure * home.latency_s + home.per_byte_s * back_O
+            out["dispatch_bytes"][:, a], out["combine_bytes"][:, a] = there_O, back_O
+            out["dispatch_flow"][:, a], out["combine_flow"][:, a] = (
+                both.flow_s_per_byte * there_O,
+                home.flow_s_per_byte * back_O,
+            )
+            first_s = sure * home.latency_s if self.coarse else first.latency_s + first.per_byte_s * back_O
+            out["early"][:, a] = out["combine"][:, a] - first_s
         if grid.etp > 1:
             wire, width = cheapest(prices, grid, "etp"), experts.expert_input * prices.element_bytes("activations")
             for o, parts in enumerate(branch.overlap_degree):
                 rows = sum(load.rows(kind.moe, hottest(load, kind.moe), part=0, parts=parts))
-                out["x"][..., o] = wire.latency_s + wire.per_byte_s * rows * width
-                out["xf"][..., o] = wire.flow_s_per_byte * rows * width
+                out["expert_tensor"][..., o] = wire.latency_s + wire.per_byte_s * rows * width
+                out["expert_tensor_flow"][..., o] = wire.flow_s_per_byte * rows * width
 
 
 def _spread(table: Floats, sizes: tuple[int, ...]) -> Floats:
@@ -422,13 +430,9 @@ def _by_parts(
     out = {name: np.empty_like(x.tensor) for name in Chain.__dataclass_fields__}
     for o, parts in enumerate(branch.overlap_degree):
         at = slice(o, None, len(branch.overlap_degree))
-        some = Exchanges(
-            tensor=x.tensor[at], context=x.context[at], expert_tensor=x.expert_tensor[at],
-            expert_tensor_flow=x.expert_tensor_flow[at], dispatch=x.dispatch[at],
-            dispatch_hottest=x.dispatch_hottest[at], combine=x.combine[at], dispatch_flow=x.dispatch_flow[at],
-            combine_flow=x.combine_flow[at], dispatch_bytes=x.dispatch_bytes[at], combine_bytes=x.combine_bytes[at],
-            early=x.early[at], is_even=x.is_even, shares=x.shares,
-        )  # fmt: skip
+        columns: dict[str, Any] = {name: getattr(x, name) for name in Exchanges.__dataclass_fields__}
+        columns = {name: each[at] if isinstance(each, np.ndarray) else each for name, each in columns.items()}
+        some = Exchanges(**columns)
         chain = chain_of({name: value[at] for name, value in cost.items()}, some, parts=parts, **flags)
         for name, value in out.items():
             value[at] = getattr(chain, name)

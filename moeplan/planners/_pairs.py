@@ -7,8 +7,9 @@ fit, each slowing the other down.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from moeplan.compiler.parts import Parts
 from moeplan.compiler.passes import PartBlocks
 from moeplan.cost.cost_model import Shares
 from moeplan.domain.plan import Plan
-from moeplan.domain.program import Floats, Stream
+from moeplan.domain.program import Floats, Ints, Stream
+from moeplan.jit import compiled
 from moeplan.partition.stages import pipeline
 from moeplan.planners._chains import beside_s
 from moeplan.planners._passes import Chains
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 Name = tuple[int, str, int]
 """Kind of layer (-1: an end of the model), work or exchange, pass."""
 _NOTHING = (NO_LAYER, "", 0)
+Needs = tuple[Ints, Ints, Floats]
+"""Which steps open and close windows, those that close first before others, and [windows, rows] the least seconds
+between."""
+_NONE: Needs = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 1)))
+"""No windows."""
 _LONGEST_RUN = 6
 """Exchanges in a window: those of a layer and a half."""
 
@@ -53,8 +60,11 @@ class Slot:
 
     names: tuple[Name, ...]
     streams: tuple[int, ...]
-    follows: tuple[tuple[int, ...], ...]
+    follows: tuple[Ints, Ints]
+    """Where those that each step follows begin in the second array."""
     windows: tuple[Window, ...]
+    between: Mapping[int, tuple[float, float]]
+    """Of each exchange the last computing step that it follows and the first one that follows it; else infinite."""
     first: tuple[int, int]
     last: tuple[int, int]
 
@@ -131,7 +141,9 @@ class Pairs:
         ]
         return Slot(
             names=tuple(names), streams=tuple(columns.stream.tolist()),
-            follows=tuple(tuple(sorted(each)) for each in follows), windows=_windows(columns.stream.tolist(), follows),
+            follows=(np.cumsum([0, *map(len, follows)]), np.array([x for each in follows for x in sorted(each)])),
+            windows=_windows(columns.stream.tolist(), follows),
+            between=_between(columns.stream.tolist(), follows),
             first=(int(computing[0][0]), int(computing[1][0])), last=(int(computing[0][-1]), int(computing[1][-1])),
         )  # fmt: skip
 
@@ -155,18 +167,66 @@ def _longest(
     """[rows]: from the beginning of step `start` to the end of the last computing step of each block; 0 if it is not
     behind.
     """
-    seconds = _of_steps(slot.names, chains.seconds, rows)
-    needs = _needs(slot, seconds, _of_steps(slot.names, chains.flow_s, rows), chains.exchanges[0].shares)
-    ends = np.full_like(seconds, -np.inf)
+    x = chains.exchanges[0]
+    seconds, shares = _of_steps(slot.names, chains.seconds, rows), x.shares
+    flow = _of_steps(slot.names, chains.flow_s, rows)
+    needs = _needs(slot, seconds, flow, shares)
+    found = np.maximum(_ends(seconds, slot.follows, needs, start)[list(slot.last)], 0.0)
+    for block, last in enumerate(slot.last):
+        if shares[:2] != (1.0, 1.0) and start <= last and x.is_certain[rows].any():
+            beside = _beside_idle_s(slot, seconds, flow, shares, start, last)
+            found[block] = np.maximum(found[block], np.where(x.is_certain[rows], beside, 0.0))
+    return found[0], found[1]
+
+
+@compiled
+def _ends(seconds: Floats, follows: tuple[Ints, Ints], needs: Needs, start: int) -> Floats:
+    """[steps, rows]: the longest path from the beginning of step `start` to the end of each; -inf: not behind it.
+
+    Step x follows `before[first[x]:first[x + 1]]`, and begins at least `need` behind the end of what opens a window
+    that it closes.
+    """
+    (first, before), (opens, closes, need) = follows, needs
+    ends = np.full(seconds.shape, -np.inf)
     ends[start] = seconds[start]
-    for at in range(start + 1, len(slot.names)):
-        begin = ends[list(slot.follows[at])].max(axis=0, initial=-np.inf)
-        if at in needs:
-            opens, need = needs[at]
-            begin = np.maximum(begin, (ends[opens] + need).max(axis=0))
-        ends[at] = begin + seconds[at]
-    first, second = np.maximum(ends[list(slot.last)], 0.0)
-    return first, second
+    window = 0
+    for at in range(start + 1, len(seconds)):
+        while window < len(closes) and closes[window] < at:
+            window += 1
+        for row in range(seconds.shape[1]):
+            begin_s = -np.inf
+            for x in before[first[at] : first[at + 1]]:
+                begin_s = max(begin_s, ends[x, row])
+            x = window
+            while x < len(closes) and closes[x] == at:
+                begin_s = max(begin_s, ends[opens[x], row] + need[x, row])
+                x += 1
+            ends[at, row] = begin_s + seconds[at, row]
+    return ends
+
+
+def _beside_idle_s(slot: Slot, seconds: Floats, flow: Floats, shares: Shares, start: int, last: int) -> Floats:
+    """[rows]: from the beginning of one computing step to the end of another, all kernels beside those exchanges of a
+    stream that come behind the one and before the other.
+
+    Where kernels are as slow as exchanges can make them, the longest path is longer than all kernels: then at least,
+    and so with faster kernels too, the GPU is idle for the rest of it. Only what does not move meanwhile slows down.
+    That asks for the very seconds of all kernels, not for bounds of them.
+    """
+    computes = (np.array(slot.streams) == Stream.COMPUTE)[:, None]
+    slowed = np.where(computes, seconds / shares.compute, seconds)
+    work = np.where(computes, seconds, 0.0)[start : last + 1].sum(axis=0)
+    idle = np.maximum(_ends(slowed, slot.follows, _NONE, start)[last] - work / shares.compute, 0.0)
+    found: Floats = idle + work
+    for stream in set(slot.streams) - {Stream.COMPUTE}:
+        own = [at for at, each in enumerate(slot.streams) if each == stream]
+        behind = [n for n, at in enumerate(own) if start <= slot.between[at][0] < inf]
+        before = [n for n, at in enumerate(own) if slot.between[at][1] <= last]
+        if behind and before and behind[0] <= before[-1]:
+            run = own[behind[0] : before[-1] + 1]
+            sent, moved = seconds[run].sum(axis=0), flow[run].sum(axis=0)
+            found = np.maximum(found, beside_s(work, sent, moved, shares, idle))
+    return found
 
 
 def _of_steps(
@@ -179,24 +239,31 @@ def _of_steps(
     return np.array([here[name] for name in names])
 
 
-def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> dict[int, tuple[list[int], Floats]]:
-    """For each step that closes windows the steps that open them, and [windows, rows] the least seconds between."""
+def _needs(slot: Slot, seconds: Floats, flow: Floats, shares: Shares) -> Needs:
+    """All kernels and exchanges of a window, each slowing the other down."""
     if not slot.windows or shares[:2] == (1.0, 1.0):
-        return {}
-    opens, closes, first, last = np.array(slot.windows).T
+        return _NONE
+    opens, closes, first, last = np.array(slot.windows).T.copy()
     streams = np.array(slot.streams)
-    upto = np.zeros_like(seconds)
+    upto, flows = np.zeros_like(seconds), np.zeros_like(seconds)
     for stream in set(slot.streams):
-        own = np.cumsum(seconds[streams == stream], axis=0)
-        upto[streams == stream] = own
-    flows = np.cumsum(flow, axis=0)
+        upto[streams == stream] = np.cumsum(seconds[streams == stream], axis=0)
+        flows[streams == stream] = np.cumsum(flow[streams == stream], axis=0)
     work = upto[closes] - seconds[closes] - upto[opens]
     sent = upto[last] - upto[first] + seconds[first]
-    flown = np.where(streams[first, None] == Stream.EXPERT, flows[last] - flows[first] + flow[first], 0.0)
-    need = beside_s(work, sent, flown, shares)
-    starts = np.flatnonzero(np.diff(closes, prepend=-1))
-    ends = [*starts[1:], len(closes)]
-    return {int(closes[a]): (opens[a:b].tolist(), need[a:b]) for a, b in zip(starts, ends, strict=True)}
+    return opens, closes, beside_s(work, sent, flows[last] - flows[first] + flow[first], shares)
+
+
+def _between(streams: list[int], follows: list[set[int]]) -> dict[int, tuple[float, float]]:
+    found: dict[int, tuple[float, float]] = {
+        at: (max((f for f in follows[at] if streams[f] == Stream.COMPUTE), default=inf), inf)
+        for at, stream in enumerate(streams)
+        if stream != Stream.COMPUTE
+    }
+    for at in reversed(range(len(streams))):
+        for exchange in follows[at] & found.keys() if streams[at] == Stream.COMPUTE else ():
+            found[exchange] = found[exchange][0], at
+    return found
 
 
 def _windows(streams: list[int], follows: list[set[int]]) -> tuple[Window, ...]:

@@ -94,7 +94,7 @@ class Chains:
         return self.costs[kind][passes].get(name)
 
     def flow_s(self, kind: int, name: str, passes: int) -> Floats | None:
-        """[U] of them while a dispatch or combine has its bytes on the wires; None: of nothing else is it known."""
+        """[U] of them while an exchange has its bytes on the wires; None: of nothing else is it known."""
         return getattr(self.exchanges[kind], f"{name}_flow", None)
 
 

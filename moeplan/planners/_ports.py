@@ -72,10 +72,12 @@ class Ports:
             x = chains.exchanges[k]
             for way, part in (("dispatch", x.dispatch_bytes), ("combine", x.combine_bytes)):
                 amount = count * passes * parts * part.reshape(sizes)
-                for m, a in np.ndindex(sizes[0], sizes[2]):
-                    for link, byte_s in self._all_to_all(branch.all_to_all[a], way, kind.moe, m).items():
-                        here = found.setdefault(link, np.zeros(amount.size)).reshape(sizes)
-                        here[m, :, a] += byte_s * amount[m, :, a]
+                for a, algorithm in enumerate(branch.all_to_all):
+                    counts = self.prices.counts_copies(algorithm)
+                    for at in [slice(m, m + 1) for m in range(sizes[0])] if counts else [slice(0, None)]:
+                        for link, byte_s in self._all_to_all(algorithm, way, kind.moe, at.start).items():
+                            here = found.setdefault(link, np.zeros(amount.size)).reshape(sizes)
+                            here[at, :, a] += byte_s * amount[at, :, a]
 
     def _all_to_all(self, algorithm: str, way: str, moe: int, m: int) -> Loads:
         members, reach = ranks_of(self.grid, "ep", self.stage), None

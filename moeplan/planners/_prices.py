@@ -206,14 +206,34 @@ class Prices:
             self.cache[key] = least_spread(self._real(load))
         return self.cache[key]  # type: ignore[return-value]
 
+    def is_certain(self, load: Load | None, parts: int) -> bool:
+        """Whether what is said of a layer's kernels is what they take, and no bound: where routing is even, all experts
+        of all layers get the same in each of `parts` parts, and all layers that predict further tokens are of one kind.
+        """
+        if not self.is_even or self.coarse or len(set(self.kinds[2])) > 1:
+            return False
+        if load is None:
+            return True
+        rows = {rows for moe in range(len(load.chosen)) for rows in load.rows(moe, 0, part=0, parts=1)}
+        return len(rows) == 1 and not any(each % parts for each in rows)
+
     def _real(self, load: Load) -> Load:
         """What an evened load was."""
         return self.cache["real", id(load)]  # type: ignore[return-value]
 
-    @property
-    def sure(self) -> float:
-        """What part of an all-to-all's latency there is at least: none where a place may have nothing for others."""
-        return 0.0 if self.coarse else 1.0
+    def sure(self, load: Load, kind: Kind) -> float:
+        """What part of an all-to-all's latency there is at least: none where a place may have nothing for others.
+
+        Where each expert stands once, as many on each place, and gets tokens from each source, all have.
+        """
+        if not self.coarse:
+            return 1.0
+        key = ("sure", id(load), id(kind))
+        if key not in self.cache:
+            tables = self._real(load).tokens_SE_by_layer
+            is_once = not self.replicas and len({table.shape for table in tables}) == 1
+            self.cache[key] = float(is_once and all(bool((tables[moe] > 0).all()) for moe in self._alike(kind)))
+        return self.cache[key]  # type: ignore[return-value]
 
     @staticmethod
     def counts_copies(algorithm: str) -> bool:
@@ -273,7 +293,7 @@ class Prices:
         for k, kind in enumerate(self.kinds[0]):
             if kind.layer.experts is None:
                 continue
-            every = [_sorted(load, moe) for moe in self._alike(kind)]
+            every = [np.sort(load.tokens_SE_by_layer[moe].sum(axis=0))[::-1] for moe in self._alike(kind)]
             loads = {tokens_E.tobytes(): tokens_E for tokens_E in every}
             for p, which in enumerate(PASSES):
                 least = LeastExperts(
@@ -378,8 +398,3 @@ def hottest_of_all(load: Load) -> int:
 def _by_place(load: Load, moe: int) -> Floats:
     by_expert = load.tokens_SE_by_layer[moe].sum(axis=0)
     return np.asarray(by_expert.reshape(load.num_places, -1).sum(axis=1))
-
-
-def _sorted(load: Load, moe: int) -> Floats:
-    """Tokens of each expert of a layer, falling."""
-    return np.asarray(np.sort(load.tokens_SE_by_layer[moe].sum(axis=0))[::-1])

@@ -6,7 +6,7 @@ import heapq
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import inf
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from moeplan.partition import footprint
 from moeplan.planners._bounds import Bounds
 from moeplan.planners._filled import Filled
 from moeplan.planners._places import best_placed, is_open
-from moeplan.planners._queue import Entry, Flags, Later, Opened, Weighed
-from moeplan.planners._space import Branch, Space, no_layout
+from moeplan.planners._queue import Entry, Flags, Later, Opened, Row, Weighed
+from moeplan.planners._space import Branch, Space, no_layout, row_of
 from moeplan.planners._step import StepBounds
 from moeplan.simulator.simulate import simulate
 
@@ -34,6 +34,8 @@ _ROUNDING = 1e-9
 EFFORT_TASKS, EFFORT_PLANS = 100_000, 8
 """Without a time limit or a gap to reach, the search ends when so many tasks of so many plans have been simulated: an
 amount of work, not of time, so that the answer is the same anywhere."""
+EFFORT_MOST = 2_500_000
+"""Tasks that are enough of any number of plans: ten seconds or so of a processor."""
 EFFORT_LOOK = 5_000
 """Tasks that could be simulated while a plan is looked at layer by layer, as uneven routing asks for."""
 _SELDOM: dict[str, object] = {"arbitration": "fair"}
@@ -130,7 +132,7 @@ class Search:
             if ahead:
                 self._advance(heapq.heappop(self._queue))
             else:
-                self._simulate(self._later.pop())
+                self.simulate(*self._later.pop())
         else:
             self.front_s = np.inf
         if self.best is None:
@@ -143,18 +145,16 @@ class Search:
     def unresolved(self) -> int:
         """Plans that were not simulated and may be faster than the best found: all of a branch that was not opened."""
         assert self.best is not None
-        total = 0
-        for entry in (*self._queue, *self._later):
-            if entry.bound_s < self.best.step_s * (1 - _ROUNDING):
+        best_s = self.best.step_s * (1 - _ROUNDING)
+        total = sum(bound_s < best_s for _, bound_s in self._later)
+        for entry in self._queue:
+            if entry.bound_s < best_s:
                 if isinstance(entry.what, Branch):
-                    total += prod(len(values) for values in entry.what.lists)
+                    total += entry.what.size
                 elif isinstance(entry.what, Weighed):
-                    total += int(entry.what.fits.sum())
-                elif isinstance(entry.what, Opened):
-                    opened = entry.what
-                    total += int((opened.bounds_s[opened.order[opened.at :]] < self.best.step_s).sum())
-                else:
-                    total += 1
+                    total += int(entry.what.fits.sum()) * len(entry.what.branch.arbitration)
+                elif isinstance(entry.what, Opened | Row):
+                    total += entry.what.num_below(best_s)
         return total
 
     def _is_enough(self, bound_s: float) -> bool:
@@ -166,7 +166,8 @@ class Search:
             return self._is_late(started)
         looks_closely = self.exact is not self.once and not self.places
         work = self.simulated_tasks + (self.looked_at * EFFORT_LOOK if looks_closely else 0)
-        return self.gap is None and work >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
+        is_enough = work >= EFFORT_TASKS and len(self.tried) >= EFFORT_PLANS
+        return self.gap is None and (is_enough or self.simulated_tasks >= EFFORT_MOST)
 
     def _is_late(self, started: float) -> bool:
         limit_s = inf if self.time_limit_s is None else self.time_limit_s * (1 if self.best else _PATIENCE)
@@ -184,29 +185,17 @@ class Search:
         heapq.heappush(self._queue, Entry(bound_s, self._count, rank, what))
 
     def _advance(self, entry: Entry) -> None:
-        if entry.rank == 0:
-            assert isinstance(entry.what, Branch)
-            self._push(max(entry.bound_s, float(self._glance.bounds.pipeline_s(entry.what).min())), 1, entry.what)
-        elif entry.rank == 1:
-            assert isinstance(entry.what, Branch)
-            self._weigh(entry.what, entry.bound_s)
-        elif entry.rank == 2:
-            assert isinstance(entry.what, Weighed)
-            self._open(entry.what)
-        elif entry.rank == 3:
-            assert isinstance(entry.what, Opened)
-            self._next_plan(entry.what)
-        else:
-            assert isinstance(entry.what, Plan)
-            likely_s = entry.bound_s * min(_LOOSE, self._over.get(_family(entry.what), 1.0))
-            if self._is_promising(entry.what, likely_s):
-                self._simulate(entry)
-            else:
-                self._later.push(likely_s, entry)
-
-    def _simulate(self, entry: Entry) -> None:
-        assert isinstance(entry.what, Plan)
-        self.simulate(entry.what, entry.bound_s)
+        what, bound_s = entry.what, entry.bound_s
+        if isinstance(what, Branch) and entry.rank == 0:
+            self._push(max(bound_s, float(self._glance.bounds.pipeline_s(what).min())), 1, what)
+        elif isinstance(what, Branch):
+            self._weigh(what, bound_s)
+        elif isinstance(what, Weighed):
+            self._open(what)
+        elif isinstance(what, Opened):
+            self._next_row(what)
+        elif isinstance(what, Row):
+            self._next_plans(what)
 
     def _is_promising(self, plan: Plan, likely_s: float) -> bool:
         """Whether it is likely to be better than the best, plans that differ in what seldom counts are not simulated
@@ -220,12 +209,14 @@ class Search:
         return _but_for(plan, _SELDOM) not in self._known_s and self._known_s.get(_but_for(plan, _OFTEN), 0.0) <= far_s
 
     def _polish(self) -> None:
-        """What was left for later of the plans that differ from the best in what seldom counts."""
+        """What was left for later of the plans that differ from the best in one choice that seldom counts."""
         assert self.best is not None
-        alike = _but_for(self.best.plan, _SELDOM)
-        for entry in self._later.take(lambda plan: _but_for(plan, _SELDOM) == alike):
-            if entry.bound_s < self.best.step_s:
-                self._simulate(entry)
+        for name in ("arbitration", "rank_order"):
+            best = self.best.plan.model_copy(update={"placement": None})
+            same = {name: getattr(best, name)}
+            for plan, bound_s in self._later.take(lambda plan: plan.model_copy(update=same) == best):  # noqa: B023
+                if bound_s < self.best.step_s:
+                    self.simulate(plan, bound_s)
 
     @property
     def _glance(self) -> StepBounds:
@@ -243,45 +234,48 @@ class Search:
 
     def _weigh(self, branch: Branch, bound_s: float) -> None:
         """Which plans of a branch fit, and the least that a pipeline of those takes."""
-        sizes = [len(values) for values in branch.lists]
-
-        def pipeline_s(steps: StepBounds) -> Floats:
-            return np.repeat(steps.bounds.pipeline_s(branch), prod(sizes[4:]))
-
-        share = _each(self.filled.share(branch, evened=self.places), branch)
+        share = self._share(branch)
         fits = share <= 1
-        self.infeasible += int((~fits).sum())
+        self.infeasible += int((~fits).sum()) * len(branch.arbitration)
         if not fits.all():
             self._remember_smallest(branch, share)
         if not fits.any():
             return
-        spare, found = np.zeros(len(share), bool), pipeline_s(self.once)
+        spare = np.zeros_like(fits)
+        found = self.once.bounds.pipeline_s(branch)[:, None, None]
         if self.places and branch.layout.ep > 1:
-            spare = fits & (_each(self.filled.share(branch, spare=True, evened=True), branch) <= 1)
+            spare = fits & (self._share(branch, spare=True) <= 1)
         if spare.any():
-            found = np.where(spare, np.minimum(pipeline_s(self.more), found), found)
+            found = np.where(spare, np.minimum(self.more.bounds.pipeline_s(branch)[:, None, None], found), found)
+        found = np.broadcast_to(found, fits.shape)
         weighed = Weighed(branch, fits, spare)
         self._push(max(bound_s, float(found[fits].min())), 2, weighed)
         if not fits.all():
             self._unfit.append((float(found[~fits].min()), self._count, weighed))
 
+    def _share(self, branch: Branch, *, spare: bool = False) -> Floats:
+        """[U, D, E]: of the usable memory."""
+        share = self.filled.share(branch, spare=spare, evened=self.places)
+        return np.asarray(share.reshape(-1, *share.shape[4:]))
+
     def _open(self, weighed: Weighed) -> None:
-        """The plans of a branch that fit, best bound first."""
-        bounds = self._branch_s(weighed.branch, weighed.spare)
-        order = np.argsort(bounds, kind="stable")
-        order = order[weighed.fits[order]]
-        self._push(float(bounds[order[0]]), 3, Opened(weighed.branch, bounds, order, weighed.spare))
+        """The rows of a branch of which something fits, best bound first."""
+        bounds_UDE = np.where(weighed.fits, self._branch_s(weighed.branch, weighed.spare), inf)
+        least_U = bounds_UDE.min(axis=(1, 2))
+        order_U = np.argsort(least_U, kind="stable")
+        opened = Opened(weighed, bounds_UDE, order_U[: np.isfinite(least_U).sum()])
+        self._push(opened.least_s, 3, opened)
 
     def _branch_s(self, branch: Branch, spare: Flags) -> Floats:
-        """Of every plan; those with a slot to `spare` on each place may have replicas."""
-        once = _each(self.once.branch_s(branch), branch)
-        return np.where(spare, _each(self.anywhere_s(branch), branch), once) if spare.any() else once
+        """[U, D, E]: of every plan; those with a slot to `spare` on each place may have replicas."""
+        once = self.once.branch_s(branch)
+        return np.where(spare, np.minimum(once, self.more.branch_s(branch)), once) if spare.any() else once
 
     def _remember_smallest(self, branch: Branch, share: Floats) -> None:
         """The plan that comes nearest to fitting, for those who ask why."""
         least = int(share.argmin())
-        if self.smallest is None or share[least] < self.smallest[0]:
-            self.smallest = (float(share[least]), self.space.plan(branch, least))
+        if self.smallest is None or share.flat[least] < self.smallest[0]:
+            self.smallest = (float(share.flat[least]), self.space.plan(branch, least * len(branch.arbitration)))
 
     def _find_too_big(self) -> None:
         """The plan with the lowest bound that does not fit, of the branches that have one and may be ahead."""
@@ -291,23 +285,49 @@ class Search:
                 break
             over = np.where(weighed.fits, np.inf, self._branch_s(weighed.branch, weighed.spare))
             fastest = int(over.argmin())
-            if over[fastest] < known_s:
-                self.too_big = (float(over[fastest]), self.space.plan(weighed.branch, fastest))
+            if over.flat[fastest] < known_s:
+                plan = self.space.plan(weighed.branch, fastest * len(weighed.branch.arbitration))
+                self.too_big = (float(over.flat[fastest]), plan)
 
-    def _next_plan(self, opened: Opened) -> None:
-        index = int(opened.order[opened.at])
-        plan = self.space.plan(opened.branch, index)
+    def _next_row(self, opened: Opened) -> None:
+        """Closer bounds of the best row that is left."""
+        branch, row = opened.weighed.branch, int(opened.order_U[opened.at])
+        bounds_DE, alone = opened.bounds_UDE[row], row_of(branch, row)
         opened.at += 1
-        if opened.at < len(opened.order):
-            self._push(float(opened.bounds_s[opened.order[opened.at]]), 3, opened)
-        closer = max(float(opened.bounds_s[index]), self.plan_s(plan, spare=bool(opened.spare[index])))
+        if opened.least_s < inf:
+            self._push(opened.least_s, 3, opened)
+        closer_DE = self.once.row_s(alone)
+        spare_DE = opened.weighed.spare[row]
+        if self.more is not self.once and spare_DE.any():
+            closer_DE = np.where(spare_DE, np.minimum(closer_DE, self.more.row_s(alone)), closer_DE)
         if not self.places and self.exact is not self.once:
-            closer = max(closer, self.exact.plan_s(plan))
+            closer_DE = np.maximum(closer_DE, self.exact.row_s(alone))
         self.looked_at += 1
-        self._push(closer, 4, plan)
-        self.bounded.append((closer, plan))
+        closer = np.maximum(bounds_DE, closer_DE).ravel()
+        order = np.argsort(closer, kind="stable")[: np.isfinite(closer).sum()]
+        found = Row(branch, row * closer.size + order, closer[order])
+        self._push(found.least_s, 4, found)
+        self.bounded.append((found.least_s, self._plans(found)[0]))
         if len(self.bounded) > 4 * KEPT:
             self.bounded = sorted(self.bounded, key=lambda each: each[0])[:KEPT]
+
+    def _plans(self, row: Row) -> list[Plan]:
+        """The best that are left of a row: they differ in arbitration."""
+        count = len(row.branch.arbitration)
+        return [self.space.plan(row.branch, int(row.numbers[row.at]) * count + each) for each in range(count)]
+
+    def _next_plans(self, row: Row) -> None:
+        """Simulates the best that are left of a row, or leaves them for later."""
+        bound_s, plans = row.least_s, self._plans(row)
+        row.at += 1
+        if row.least_s < inf:
+            self._push(row.least_s, 4, row)
+        for plan in plans:
+            likely_s = bound_s * min(_LOOSE, self._over.get(_family(plan), 1.0))
+            if self._is_promising(plan, likely_s):
+                self.simulate(plan, bound_s)
+            else:
+                self._later.push(likely_s, plan, bound_s)
 
     def _timeline(self, plan: Plan) -> Timeline:
         found = simulate(compile_plan(plan, self.scenario), self.cost_model)
@@ -350,11 +370,6 @@ class Search:
             self.best = found
         if self.progress is not None:
             self.progress(f"best {self.best.step_s:.4g} s, bound {self.front_s:.4g} s", self.front_s, self.best.step_s)
-
-
-def _each(table: Floats, branch: Branch) -> Floats:
-    """A table by all choices but arbitration, for each plan of a branch."""
-    return np.broadcast_to(table[..., None], (*table.shape, len(branch.arbitration))).ravel()
 
 
 def _family(plan: Plan) -> tuple[object, ...]:

@@ -366,3 +366,12 @@ def branch_of(plan: Plan, copies: int, replicas: tuple[int, int]) -> Branch:
         overlap_degree=(plan.overlap_degree,), zero_dense=(plan.zero_dense,), zero_expert=(plan.zero_expert,),
         arbitration=(plan.arbitration,),
     )  # fmt: skip
+
+
+def row_of(branch: Branch, row: int) -> Branch:
+    """The plans of a branch of one micro-batch, recomputation, all-to-all and overlap."""
+    m, r, a, o = np.unravel_index(row, [len(values) for values in branch.lists[:4]])
+    return replace(
+        branch, micro_batch=(branch.micro_batch[m],), recompute=(branch.recompute[r],),
+        all_to_all=(branch.all_to_all[a],), overlap_degree=(branch.overlap_degree[o],),
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,19 +17,19 @@ from moeplan import menu
 from moeplan.compiler.compile_plan import orders
 from moeplan.domain.placement import Placement
 from moeplan.domain.plan import DTYPE_BYTES, Plan
-from moeplan.domain.program import Floats
+from moeplan.domain.program import Floats, Ints
 from moeplan.partition.stages import pipeline
 from moeplan.partition.weights import weights_of
 from moeplan.planners._bounds import Bounds
 from moeplan.planners._chains import beside_s
 from moeplan.planners._groups import cheapest, grid_of
 from moeplan.planners._outline import outline_of
-from moeplan.planners._passes import Passes
+from moeplan.planners._passes import BACKWARD, FORWARD, INPUT_GRADIENT, Passes, at_ends
 from moeplan.planners._places import one_more
 from moeplan.planners._ports import Ports, busiest_s
 from moeplan.planners._prices import Wire
-from moeplan.planners._space import Branch, branch_of
-from moeplan.schedules import Paths, Slot, finish_times
+from moeplan.planners._space import Branch, Layout, branch_of
+from moeplan.schedules import Order, Paths, Slot, finish_times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,9 @@ class Ends(NamedTuple):
     """When a pipeline rank ends its last pass; begin, end and chunk of each that makes gradients of weights."""
 
     end_s: float
-    gradients: tuple[tuple[float, float, int], ...]
+    begin_s: Floats
+    over_s: Floats
+    chunk: Ints
 
 
 @dataclass
@@ -63,7 +65,6 @@ class StepBounds:
 
     bounds: Bounds
     _weights: dict[tuple[object, ...], Weights] = field(default_factory=dict)
-    _ends: dict[Plan, list[Ends]] = field(default_factory=dict)
 
     def branch_s(self, branch: Branch) -> Floats:
         """[U, D, E]: at least the seconds of a step of every plan of a branch; arbitration cannot lower it."""
@@ -88,19 +89,20 @@ class StepBounds:
             return np.zeros((1, 1, 1))
         found = np.zeros((1, 1, 1))
         shares, layout = self.bounds.prices.cost_model.shares, branch.layout
-        work_VU = self._kernels_s(branch)
+        work_VU, idle_VU = self._kernels_s(branch), self._idle_s(branch)
         update_PDE = self._update(branch)
         for rank in sorted({0, layout.pp // 2, layout.pp - 1}):
             ports = Ports(self.bounds, branch, rank)
-            work = ports.each * work_VU[ports.held].sum(axis=0)
+            work, idle = (ports.each * each[ports.held].sum(axis=0) for each in (work_VU, idle_VU))
             carried = {link: seconds[:, None, None] for link, seconds in ports.in_passes_s().items()}
             inside = busiest_s(carried)
-            within = beside_s(work[:, None, None], inside, inside, shares)
+            within = beside_s(work[:, None, None], inside, inside, shares, idle[:, None, None])
             found = np.maximum(found, within + (fill_PU + drain_PU)[rank][:, None, None])
             for axis, amount in zip(("dense", "edp"), self._ring_bytes(branch, ports), strict=True):
                 carried = ports.add_rings(carried, axis, amount)
             all_in_all = busiest_s(carried)
-            found = np.maximum(found, beside_s(work[:, None, None] + update_PDE[rank], all_in_all, all_in_all, shares))
+            all_work = work[:, None, None] + update_PDE[rank]
+            found = np.maximum(found, beside_s(all_work, all_in_all, all_in_all, shares, idle[:, None, None]))
         return found
 
     def _kernels_s(self, branch: Branch) -> Floats:
@@ -113,6 +115,17 @@ class StepBounds:
             chains, counts_VK = self.bounds.chains(branch), self.bounds.shape(branch.layout).counts_VK
             backward = np.minimum(backward, self.bounds.summed(branch, 2, "busy") + counts_VK @ chains.weights)
         return work_VU + backward
+
+    def _idle_s(self, branch: Branch) -> Floats:
+        """[V, U]: in which a rank can compute nothing, of one micro-batch; 0 where it works on two at a time."""
+        shape, chains = self.bounds.shape(branch.layout), self.bounds.chains(branch)
+        if branch.layout.copies > 1:
+            return np.zeros((shape.counts_VK.shape[0], chains.ends.shape[-1]))
+        forward, backward, gradient = (
+            np.maximum(self.bounds.summed(branch, p, "idle") - sum(at_ends(p, shape, chains)), 0.0)
+            for p in (FORWARD, BACKWARD, INPUT_GRADIENT)
+        )
+        return np.asarray(forward + np.minimum(backward, gradient))
 
     def _ring_bytes(self, branch: Branch, ports: Ports) -> tuple[Floats, Floats]:
         """[U, D, 1] and [U, 1, E]: of all gathers and scatters of a pipeline rank in a step, dense and experts."""
@@ -157,11 +170,7 @@ class StepBounds:
         layout = branch.layout
         key = (layout.stages, layout.schedule, layout.vpp, layout.tp, layout.ep, layout.etp)
         if key not in self._weights:
-            scenario = self.bounds.scenario
-            plan = Plan(
-                dp=layout.dp, tp=layout.tp, cp=layout.cp, pp=layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp,
-                stages=layout.stages, schedule=layout.schedule, placement=self._slots(layout.ep),
-            )  # fmt: skip
+            scenario, plan = self.bounds.scenario, self._plan(layout, placement=self._slots(layout.ep))
             stages = pipeline(scenario.model, plan, scenario.workload).stages
             found = [list(weights_of(stage, scenario.model, plan)) for stage in stages]
             self._weights[key] = Weights(
@@ -171,6 +180,11 @@ class StepBounds:
                 expert_layers=np.array([sum(w.expert > 0 for w in stage) for stage in found], np.float64),
             )
         return self._weights[key]
+
+    @staticmethod
+    def _plan(layout: Layout, **more: object) -> Plan:
+        names = ("dp", "tp", "cp", "pp", "ep", "etp", "vpp", "stages", "schedule")
+        return Plan(**({name: getattr(layout, name) for name in names} | more))
 
     def _slots(self, ep: int) -> Placement | None:
         """As many slots as the weights are counted for: where there may be replicas, one more than experts need."""
@@ -227,59 +241,60 @@ class StepBounds:
     # ---- one plan
 
     def plan_s(self, plan: Plan) -> float:
-        """A closer bound of one plan: its passes run in the schedule's order, each as long as its chain."""
+        """A closer bound of one plan."""
         assert self.bounds.coarse or plan.placement == self.bounds.placement
-        machine = menu.module("schedules", plan.schedule)
-        copies = machine.COPIES if self.bounds.training else 1
-        branch = branch_of(plan, copies, (plan.dp * plan.cp * copies, plan.edp * copies))
-        passes = self.bounds.passes(branch)
-        alike: dict[str, object] = {"zero_dense": 0, "zero_expert": 0, "arbitration": "fair"}
-        key = plan.model_copy(update=alike | ({"placement": None} if self.bounds.coarse else {}))
-        if key not in self._ends:
-            self._ends[key] = self._ends_s(plan, branch, passes)
-        ends = self._ends[key]
-        if not self.bounds.training:
-            return max(end_s for end_s, _ in ends)
-        opening, _, _ = self._once(branch, passes)
-        return float(self._closed_s(branch, ends) + opening[0, 0, 0])
+        copies = menu.module("schedules", plan.schedule).COPIES if self.bounds.training else 1
+        return float(self.row_s(branch_of(plan, copies, (plan.dp * plan.cp * copies, plan.edp * copies)))[0, 0])
 
-    def _closed_s(self, branch: Branch, ends: list[Ends]) -> float:
-        """When the last rank has made its update.
+    def row_s(self, branch: Branch) -> Floats:
+        """[D, E]: closer bounds of a branch of one row: its passes run in the schedule's order, each as long as its
+        chain.
+        """
+        passes = self.bounds.passes(branch)
+        ends = self._ends_s(branch, passes)
+        if not self.bounds.training:
+            return np.full((1, 1), max(each.end_s for each in ends))
+        return np.asarray(self._closed_s(branch, ends) + self._once(branch, passes)[0][0])
+
+    def _closed_s(self, branch: Branch, ends: list[Ends]) -> Floats:
+        """[D, E]: when the last rank has made its update.
 
         The sharding stream reduces what a pass (under ZeRO 2 and 3) or all passes of a chunk together have left of
         gradients, one after another, none before that pass or the chunk's last one begins (or, where gradients do not
         overlap, ends).
         """
         overlaps = self.bounds.scenario.choices.overlap_gradients
-        each_V, once_V = (seconds[:, 0, 0, 0] for seconds in self._reduced(branch))
-        gather_V = self._sharding(branch, _GATHERS, "weights")[:, 0, 0, 0]
-        update_P = self._update(branch)[:, 0, 0, 0]
-        closed_s = 0.0
-        for (end_s, gradients), held, update_s in zip(ends, self._virtual(branch), update_P, strict=True):
-            last_s = {chunk: begin_s if overlaps else over_s for begin_s, over_s, chunk in gradients}
-            reduced_s = 0.0
-            for begin_s, _, chunk in gradients if each_V.any() else ():
-                reduced_s = max(reduced_s, begin_s) + each_V[held[chunk]]
-            for chunk, ready_s in sorted(last_s.items(), key=itemgetter(1)):
-                reduced_s = max(reduced_s, ready_s) + once_V[held[chunk]]
-            gathered_s = 0.0 if overlaps else sum(gather_V[v] for v in held)
-            closed_s = max(closed_s, float(max(end_s, reduced_s) + update_s + gathered_s))
-        return closed_s
+        each_VDE, once_VDE = (seconds[:, 0] for seconds in self._reduced(branch))
+        gather_VDE = self._sharding(branch, _GATHERS, "weights")[:, 0]
+        update_PDE = self._update(branch)[:, 0]
+        closed_DE = np.zeros(each_VDE.shape[1:])
+        for (end_s, begin_s, over_s, chunk), stages, update_DE in zip(
+            ends, map(list, self._virtual(branch)), update_PDE, strict=True
+        ):
+            reduced_DE = np.zeros_like(closed_DE)
+            if each_VDE.any():
+                left_DE = np.cumsum(each_VDE[stages][chunk[::-1]], axis=0)[::-1]
+                reduced_DE = np.where(each_VDE.any(axis=0), (begin_s[:, None, None] + left_DE).max(axis=0), 0.0)
+            last = len(chunk) - 1 - np.array([np.argmax(chunk[::-1] == each) for each in np.unique(chunk)])
+            ready_s = (begin_s if overlaps else over_s)[last]
+            for at in np.argsort(ready_s, kind="stable"):
+                reduced_DE = np.maximum(reduced_DE, ready_s[at]) + once_VDE[stages[chunk[last[at]]]]
+            gathered_DE = 0.0 if overlaps else gather_VDE[stages].sum(axis=0)
+            closed_DE = np.maximum(closed_DE, np.maximum(end_s, reduced_DE) + update_DE + gathered_DE)
+        return closed_DE
 
     def _virtual(self, branch: Branch) -> tuple[tuple[int, ...], ...]:
         """[rank][chunk] the virtual stage."""
         return self.bounds.shape(branch.layout).virtual
 
-    def _ends_s(self, plan: Plan, branch: Branch, passes: Passes) -> list[Ends]:
+    def _ends_s(self, branch: Branch, passes: Passes) -> list[Ends]:
         """Of each pipeline rank."""
-        virtual = self._virtual(branch)
-        known: dict[tuple[int, int], Paths] = {}
+        layout, virtual = branch.layout, self._virtual(branch)
+        plan = self._plan(layout, micro_batch=branch.micro_batch[0])
 
         def pair_s(stage: int, slot: Slot) -> Paths:
-            key = (stage, next(action.chunk for action in slot if action.kind == "F"))
-            if key not in known:
-                known[key] = self._pair_s(branch, passes, *key)
-            return known[key] if slot[0].kind == "F" else tuple(row[::-1] for row in known[key][::-1])
+            paths = self._pair_s(branch, passes, stage, next(action.chunk for action in slot if action.kind == "F"))
+            return paths if slot[0].kind == "F" else tuple(row[::-1] for row in paths[::-1])
 
         durations = [
             [
@@ -294,13 +309,12 @@ class StepBounds:
         every = orders(plan, self.bounds.scenario)
         times = finish_times(
             every, virtual_stages=virtual, durations_s=durations, hop_s=float(passes.hop[0]),
-            before_s=_before(passes), pair_s=pair_s if branch.layout.copies > 1 else None,
+            before_s=_before(passes), pair_s=pair_s if layout.copies > 1 else None,
         )  # fmt: skip
         found = []
         for order, start_s, finish_s in zip(every, times.start_s, times.finish_s, strict=True):
-            slots = zip(order, start_s, finish_s, strict=True)
-            gradients = ((begin_s, end_s, a.chunk) for slot, begin_s, end_s in slots for a in slot if a.kind in "BW")
-            found.append(Ends(finish_s[-1], tuple(gradients)))
+            slots, chunk = _gradients(order)
+            found.append(Ends(finish_s[-1], np.array(start_s)[slots], np.array(finish_s)[slots], chunk))
         return found
 
     def _pair_s(self, branch: Branch, passes: Passes, rank: int, forward: int) -> Paths:
@@ -314,6 +328,14 @@ class StepBounds:
             self.bounds.pairs.paths_s(branch, rank, forward, 1 - forward, begin=each)[:, 0].tolist() for each in (0, 1)
         ]
         return ((max(own[0], exact[0][0]), exact[0][1]), (exact[1][0], max(own[1], exact[1][1])))
+
+
+@lru_cache(maxsize=256)
+def _gradients(order: Order) -> tuple[Ints, Ints]:
+    """In which slots a rank makes gradients of weights, and of which chunk."""
+    found = [(at, action.chunk) for at, slot in enumerate(order) for action in slot if action.kind in "BW"]
+    slots, chunk = np.array(found, np.int64).reshape(-1, 2).T
+    return slots, chunk
 
 
 def _before(passes: Passes) -> dict[str, list[float]]:

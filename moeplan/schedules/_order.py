@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import numpy as np
+
+from moeplan.domain.program import Floats, Ints
 from moeplan.errors import SimulationError
+from moeplan.jit import compiled
 
 Kind = Literal["F", "B", "I", "W"]
+KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
+_W, _NOBODY = KINDS.index("W"), -1
 
 
 class Action(NamedTuple):
@@ -121,123 +128,155 @@ def finish_times(
     I; a dependency on another stage arrives `hop_s` after it finished, and what F, B or I of virtual stage v needs of
     its neighbour `before_s[kind][v]` later still. `virtual_stages[stage][chunk]` is the position
     in model order, `durations_s[stage][chunk][kind]` the seconds of an action, `pair_s(stage, slot)[i][j]` the least
-    from the beginning of action i to the end of action j in a slot of two (None: nothing is hidden, both end after
-    the sum).
+    from the beginning of action i to the end of action j in a slot of two, whatever its micro-batches (None: nothing
+    is hidden, both end after the sum).
 
     Sends cost no time of the stage and wires are never shared, so with costs that are lower bounds this is a lower
     bound. Raises SimulationError that names the stuck actions if the orders wait for one another.
     """
-    run = _Run(orders, virtual_stages, hop_s, before_s, pair_s)
-    tables = [run.table(stage, costs_s) for stage, costs_s in enumerate(durations_s)]
-    awake = list(range(len(orders)))
-    while awake:
-        stage = awake.pop()
-        awake += run.advance(stage, tables[stage])
-    stuck = [stage for stage, order in enumerate(orders) if len(run.times.start_s[stage]) < len(order)]
+    listed = _listed(tuple(tuple(order) for order in orders))
+    num_chunks = max(map(len, virtual_stages), default=0)
+    board = _Board(1 + max((v for held in virtual_stages for v in held), default=0), listed.num_microbatches)
+    needs_SCKN = np.zeros((len(orders), num_chunks, len(KINDS), 3), np.int64)
+    seconds_SCKT = np.zeros((len(orders), num_chunks, len(KINDS), 2))
+    for stage, (held, costs_s) in enumerate(zip(virtual_stages, durations_s, strict=True)):
+        for chunk, (own, cost_s) in enumerate(zip(held, costs_s, strict=True)):
+            needs_SCKN[stage, chunk] = board.rows(own)
+            for kind, seconds in cost_s.items():
+                later_s = before_s[kind][own] if kind in before_s else 0.0
+                seconds_SCKT[stage, chunk, KINDS.index(kind)] = seconds, later_s
+    paths_T22 = np.zeros((len(listed.pairs), 2, 2))
+    if pair_s is not None and listed.pairs:
+        paths_T22 = np.array([pair_s(stage, slot) for stage, slot in listed.pairs], np.float64)
+    done_s, done_by = board.empty()
+    start_s, finish_s = np.zeros(len(listed.kind_XA)), np.zeros(len(listed.kind_XA))
+    at_S = _run(
+        listed.first_S, listed.kind_XA, listed.chunk_XA, listed.microbatch_XA, listed.pair_X, needs_SCKN, seconds_SCKT,
+        paths_T22, pair_s is not None, hop_s, done_s, done_by, start_s, finish_s,
+    )  # fmt: skip
+    stuck = [stage for stage, at in enumerate(at_S) if at < listed.first_S[stage + 1]]
     if stuck:
-        waits = "; ".join(f"stage {stage} at {_show(run.next_slot(stage))}" for stage in stuck[:4])
+        waiting = [(stage, orders[stage][at_S[stage] - listed.first_S[stage]]) for stage in stuck[:4]]
+        waits = "; ".join(f"stage {stage} at {_show(slot)}" for stage, slot in waiting)
         raise SimulationError(f"schedule: deadlock: {waits}; each waits for what never comes; reorder them")
-    return run.times
+    spans = [slice(*span) for span in pairwise(listed.first_S.tolist())]
+    return Times([start_s[span].tolist() for span in spans], [finish_s[span].tolist() for span in spans])
 
 
-_Row = tuple[int, int, int, float, float]
-_NOBODY = -1
+class _Listed(NamedTuple):
+    """Orders as arrays, all stages behind one another; an action that a slot does not have is -1.
 
-
-class _Run:
-    """What is done, when and by whom, and which stages wait for it.
-
-    F of virtual stage v and micro-batch m stands at v * M + m, B or I of it one block of V * M further, and behind
-    them M places that are always done, for what need not wait.
+    Axes: S stage, X slot, A action of a slot, T kind of pair.
     """
 
-    def __init__(
-        self,
-        orders: Sequence[Sequence[Slot]],
-        virtual_stages: Sequence[Sequence[int]],
-        hop_s: float,
-        before_s: Mapping[str, Sequence[float]],
-        pair_s: Callable[[int, Slot], Paths] | None,
-    ) -> None:
-        microbatches = {action.microbatch for order in orders for slot in order for action in slot}
-        self.orders, self.virtual_stages = orders, virtual_stages
-        self.hop_s, self.before_s, self.pair_s = hop_s, before_s, pair_s
-        self.num_virtual = 1 + max((position for stage in virtual_stages for position in stage), default=0)
-        self.num_microbatches = 1 + max(microbatches, default=0)
-        pending = 2 * self.num_virtual * self.num_microbatches
-        self.done_s: list[float | None] = [None] * pending + [0.0] * self.num_microbatches
-        self.done_by = [_NOBODY] * len(self.done_s)
-        self.waiting: dict[int, list[int]] = {}
-        self.times = Times([[] for _ in orders], [[] for _ in orders])
+    first_S: Ints
+    """Of each stage its first slot; the last element is their number."""
+    kind_XA: Ints
+    chunk_XA: Ints
+    microbatch_XA: Ints
+    pair_X: Ints
+    """Which of `pairs` a slot of two is like."""
+    pairs: tuple[tuple[int, Slot], ...]
+    """A stage and a slot of each kind: stage, kinds and chunks."""
+    num_microbatches: int
 
-    def table(self, stage: int, costs_s: Sequence[Mapping[str, float]]) -> list[dict[str, _Row]]:
-        """By chunk and kind: where on the board its two needs and its own result begin, and its seconds."""
-        always, last = 2 * self.num_virtual, self.num_virtual - 1
-        table = []
-        for own, cost_s in zip(self.virtual_stages[stage], costs_s, strict=True):
-            back = self.num_virtual + own
-            before, after = (own - 1 if own else always), (back + 1 if own < last else always)
-            backward = (after, own, back)
-            needs = {"F": (before, always, own), "B": backward, "I": backward, "W": (back, always, _NOBODY)}
-            later_s = {kind: self.before_s[kind][own] if kind in self.before_s else 0.0 for kind in cost_s}
-            table.append({kind: self._row(*needs[kind], seconds, later_s[kind]) for kind, seconds in cost_s.items()})
-        return table
 
-    def _row(self, first: int, second: int, own: int, seconds: float, later_s: float) -> _Row:
-        size = self.num_microbatches
-        return first * size, second * size, own * size if own != _NOBODY else _NOBODY, seconds, later_s
+@lru_cache(maxsize=32)
+def _listed(orders: tuple[Order, ...]) -> _Listed:
+    first_S = np.cumsum([0, *map(len, orders)])
+    columns = np.full((3, first_S[-1], 2), _NOBODY)
+    pair_X = np.full(first_S[-1], _NOBODY)
+    pairs: dict[tuple[object, ...], tuple[int, int, Slot]] = {}
+    every = ((stage, slot) for stage, order in enumerate(orders) for slot in order)
+    for at, (stage, slot) in enumerate(every):
+        for place, (kind, chunk, microbatch) in enumerate(slot):
+            columns[:, at, place] = KINDS.index(kind), chunk, microbatch
+        if len(slot) > 1:
+            alike = (stage, *((kind, chunk) for kind, chunk, _ in slot))
+            pair_X[at] = pairs.setdefault(alike, (len(pairs), stage, slot))[0]
+    kind_XA, chunk_XA, microbatch_XA = columns
+    return _Listed(
+        first_S, kind_XA, chunk_XA, microbatch_XA, pair_X, tuple((stage, slot) for _, stage, slot in pairs.values()),
+        num_microbatches=1 + int(microbatch_XA.max(initial=0)),
+    )  # fmt: skip
 
-    def next_slot(self, stage: int) -> Slot:
-        """The first slot that a stage has not run."""
-        return self.orders[stage][len(self.times.start_s[stage])]
 
-    def advance(self, stage: int, table: list[dict[str, _Row]]) -> list[int]:
-        """Runs one stage until it must wait; returns the stages that waited for what it did."""
-        order, done_s, done_by, hop_s = self.orders[stage], self.done_s, self.done_by, self.hop_s
-        start_s, finish_s = self.times.start_s[stage], self.times.finish_s[stage]
-        clock_s = finish_s[-1] if finish_s else 0.0
-        woken: list[int] = []
-        for place in range(len(start_s), len(order)):
-            slot = order[place]
-            begins_s = []
-            for kind, chunk, microbatch in slot:
-                row, begin_s = table[chunk][kind], clock_s
-                for need, later_s in ((row[0] + microbatch, row[4]), (row[1] + microbatch, 0.0)):
-                    there_s = done_s[need]
-                    if there_s is None:
-                        self.waiting.setdefault(need, []).append(stage)
-                        return woken
-                    there_s += later_s
-                    if done_by[need] != stage and done_by[need] != _NOBODY:
-                        there_s += hop_s
-                    if there_s > begin_s:
-                        begin_s = there_s
-                begins_s.append(begin_s)
-            if len(slot) == 1:
-                clock_s = begins_s[0] + table[slot[0].chunk][slot[0].kind][3]
-                ends_s = [clock_s]
-            else:
-                clock_s, ends_s = self._pair(stage, slot, begins_s, table)
-            start_s.append(min(begins_s))
-            finish_s.append(clock_s)
-            for (kind, chunk, microbatch), end_s in zip(slot, ends_s, strict=True):
-                own = table[chunk][kind][2]
-                if own != _NOBODY:
-                    done_s[own + microbatch], done_by[own + microbatch] = end_s, stage
-                    if own + microbatch in self.waiting:
-                        woken += self.waiting.pop(own + microbatch)
-        return woken
+class _Board(NamedTuple):
+    """What is done. F of virtual stage v and micro-batch m stands at v * M + m, B or I of it one block of V * M
+    further, and behind them M places that are always done, for what need not wait.
+    """
 
-    def _pair(
-        self, stage: int, slot: Slot, begins_s: list[float], table: list[dict[str, _Row]]
-    ) -> tuple[float, list[float]]:
-        """When a slot of two ends, and its actions: both at the end, or each by the paths through the slot."""
-        if self.pair_s is None:
-            end_s = max(begins_s) + sum(table[chunk][kind][3] for kind, chunk, _ in slot)
-            return end_s, [end_s] * len(slot)
-        paths_s = self.pair_s(stage, slot)
-        ends_s = [max(begin_s + paths_s[i][j] for i, begin_s in enumerate(begins_s)) for j in range(len(slot))]
-        return max(ends_s), ends_s
+    num_virtual: int
+    num_microbatches: int
+
+    def rows(self, own: int) -> list[tuple[int, int, int]]:
+        """By kind: where the two needs of a virtual stage and its own result begin."""
+        always, last, size = 2 * self.num_virtual, self.num_virtual - 1, self.num_microbatches
+        back = self.num_virtual + own
+        before, after = (own - 1 if own else always), (back + 1 if own < last else always)
+        backward = (after * size, own * size, back * size)
+        needs = {"F": (before * size, always * size, own * size), "B": backward, "I": backward}
+        return [needs.get(kind, (back * size, always * size, _NOBODY)) for kind in KINDS]
+
+    def empty(self) -> tuple[Floats, Ints]:
+        """When each place is done, nan: not yet; and by whom."""
+        done_s = np.full((2 * self.num_virtual + 1) * self.num_microbatches, np.nan)
+        done_s[2 * self.num_virtual * self.num_microbatches :] = 0.0
+        return done_s, np.full(len(done_s), _NOBODY)
+
+
+@compiled
+def _run(
+    first_S: Ints, kind_XA: Ints, chunk_XA: Ints, microbatch_XA: Ints, pair_X: Ints, needs_SCKN: Ints,
+    seconds_SCKT: Floats, paths_T22: Floats, hides: bool, hop_s: float, done_s: Floats, done_by: Ints, start_s: Floats,
+    finish_s: Floats,
+) -> Ints:  # fmt: skip
+    """Runs each stage until it must wait, in turn, until all wait or are through: the slots they then stand at."""
+    at_S = first_S[:-1].copy()
+    begins_s, ends_s, own_s = np.zeros(2), np.zeros(2), np.zeros(2)
+    moved = True
+    while moved:
+        moved = False
+        for stage in range(len(at_S)):
+            while at_S[stage] < first_S[stage + 1]:
+                x = at_S[stage]
+                clock_s = finish_s[x - 1] if x > first_S[stage] else 0.0
+                count = 1 if kind_XA[x, 1] == _NOBODY else 2
+                for a in range(count):
+                    needs_N = needs_SCKN[stage, chunk_XA[x, a], kind_XA[x, a]] + microbatch_XA[x, a]
+                    own_s[a], later_s = seconds_SCKT[stage, chunk_XA[x, a], kind_XA[x, a]]
+                    begins_s[a] = _begin_s(stage, clock_s, needs_N, later_s, hop_s, done_s, done_by)
+                if np.isnan(begins_s[:count]).any():
+                    break
+                for a in range(count):
+                    if count == 1 or not hides:
+                        ends_s[a] = begins_s[:count].max() + own_s[:count].sum()
+                    else:
+                        ends_s[a] = (begins_s + paths_T22[pair_X[x], :, a]).max()
+                    if kind_XA[x, a] != _W:
+                        own = needs_SCKN[stage, chunk_XA[x, a], kind_XA[x, a], 2] + microbatch_XA[x, a]
+                        done_s[own], done_by[own] = ends_s[a], stage
+                start_s[x], finish_s[x] = begins_s[:count].min(), ends_s[:count].max()
+                at_S[stage] += 1
+                moved = True
+    return at_S
+
+
+@compiled
+def _begin_s(
+    stage: int, clock_s: float, needs_N: Ints, later_s: float, hop_s: float, done_s: Floats, done_by: Ints
+) -> float:
+    """When an action may begin on a stage that is free at `clock_s`; nan if what it needs is not done."""
+    for n in range(2):
+        there_s, by = float(done_s[needs_N[n]]), done_by[needs_N[n]]
+        if n == 0:
+            there_s += later_s
+        if by != stage and by != _NOBODY:
+            there_s += hop_s
+        if np.isnan(there_s):
+            return there_s
+        clock_s = max(clock_s, there_s)
+    return clock_s
 
 
 def _show(slot: Slot) -> str:
