@@ -53,7 +53,7 @@ HOMES = {
 }
 MENUS = {"routers", "collectives", "schedules", "adaptations", "placers", "planners", "importers", "exporters"}
 MACHINES = sorted({path.parent.name for path in FILES if path.parent != HOUSE} - MENUS)
-MOST_FILES = {"accuracy": 17, "domain": 25, "executor": 17, "network": 12}
+MOST_FILES = {"accuracy": 18, "domain": 25, "executor": 17, "network": 12}
 """Machines that hold more than nine files, and how many."""
 
 

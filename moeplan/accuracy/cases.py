@@ -3,8 +3,8 @@
 A field that is null is filled by one rule, which is said in `guessed` and widens the interval:
 
     dp          GPUs / (tp pp cp)
-    vpp, etp    1, as the framework does unasked
-    mbs         1
+    etp         1, as the framework does unasked
+    vpp, mbs    1, or what `tuned.py` finds to be fastest
     recompute   the least of none, selective, full that fits in memory
     dispatcher  NCCL's all-to-all
     routing     every expert gets the same
@@ -93,18 +93,21 @@ def scenario_of(record: Row, workload: Row) -> Scenario:
 # ---- training
 
 
-def training_case(record: Row) -> Case:
-    """The case of a record of kinds training_e2e and memory. Raises CatalogueError and PlanError."""
+def training_case(record: Row, fills: Mapping[str, int] | None = None) -> Case:
+    """The case of a record of kinds training_e2e and memory; `fills` are counts that are left open and are not 1.
+
+    Raises CatalogueError and PlanError.
+    """
     asked, guessed = record["parallel"], list[str]()
     batch, length = asked.get("gbs"), (record.get("model") or {}).get("seq_len")
     if not length:
         raise CatalogueError("model.seq_len is not recorded")
-    fields = _degrees(record, guessed)
+    fields = _degrees(record, guessed, fills or {})
     if not batch:
         batch = fields["dp"] * fields["micro_batch"] * fields["pp"]
         guessed.append(f"gbs {batch}, as many micro-batches as stages")
     scenario = scenario_of(record, {"phase": "train", "global_batch": batch, "sequence": length})
-    fields |= _pipeline(record, scenario)
+    fields |= _pipeline(record, scenario, fields["vpp"])
     fields |= _choices(record, scenario, guessed)
     plan = _recomputing(Plan(**fields), scenario, asked, guessed)
     plan = plan.model_copy(update={"all_to_all": deduplicating(plan, scenario, asked)})
@@ -138,35 +141,35 @@ def _fuses_attention(record: Row) -> bool:
     return asked == "fused" if asked else not date or date >= "2022-06"
 
 
-def _degrees(record: Row, guessed: list[str]) -> dict[str, Any]:
+def _degrees(record: Row, guessed: list[str], fills: Mapping[str, int]) -> dict[str, Any]:
     asked, count = record["parallel"], record["hardware"]["count"]
-    fields = {key: _count(asked, key, guessed, fills=key in ("vpp", "etp", "cp")) for key in ("tp", "pp", "cp", "vpp")}
+    known = {"cp": 1, "vpp": 1, "etp": 1, "mbs": 1, **fills}
+    fields = {key: _count(asked, key, guessed, known.get(key)) for key in ("tp", "pp", "cp", "vpp")}
     size = fields["tp"] * fields["pp"] * fields["cp"]
     if count % size:
         layout = f"tp {fields['tp']} x pp {fields['pp']} x cp {fields['cp']}"
         raise CatalogueError(f"parallel: {layout} = {size} does not divide {count} GPUs")
     fields["dp"] = count // size
     if record["model"].get("experts"):
-        fields |= {"ep": _count(asked, "ep", guessed, fills=False), "etp": _count(asked, "etp", guessed, fills=True)}
-    fields["micro_batch"] = _count(asked, "mbs", guessed, fills=True)
+        fields |= {key: _count(asked, key, guessed, known.get(key)) for key in ("ep", "etp")}
+    fields["micro_batch"] = _count(asked, "mbs", guessed, known["mbs"])
     return fields
 
 
-def _count(asked: Row, key: str, guessed: list[str], *, fills: bool) -> int:
+def _count(asked: Row, key: str, guessed: list[str], unasked: int | None) -> int:
     value = asked.get(key)
-    if value is None and fills:
+    if value is None and unasked is not None:
         if key != "cp" and not (key == "vpp" and asked.get("pp") == 1):
-            guessed.append(f"{key} 1")
-        return 1
+            guessed.append(f"{key} {unasked}")
+        return unasked
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CatalogueError(f"parallel.{key}: found {value!r}; use a whole number from 1")
     return value
 
 
-def _pipeline(record: Row, scenario: Scenario) -> dict[str, Any]:
+def _pipeline(record: Row, scenario: Scenario, vpp: int) -> dict[str, Any]:
     asked = record["parallel"]
-    pp, vpp = asked["pp"], asked.get("vpp") or 1
-    vpp = vpp if pp > 1 else 1
+    pp, vpp = asked["pp"], vpp if asked["pp"] > 1 else 1
     schedule = "interleaved" if vpp > 1 else "one_f_one_b"
     layers = len(scenario.model.all_layers)
     stages = stages_of(asked.get("pp_layout"), layers, pp * vpp)

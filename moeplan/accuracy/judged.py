@@ -16,6 +16,7 @@ from moeplan.accuracy.prediction import Prediction, Refusal, Tier
 from moeplan.accuracy.records import Record, fault, published, read
 from moeplan.accuracy.serving import Served, served_of
 from moeplan.accuracy.steps import Step, believed_s, step_of
+from moeplan.accuracy.tuned import tuned_case
 from moeplan.errors import MoeplanError
 from moeplan.partition.footprint import footprint, states
 
@@ -123,7 +124,7 @@ def _checked(found: Judged) -> Judged | Refusal:
 
 
 def _training(record: Record, group: tuple[str, ...]) -> Judged | Refusal:
-    case = training_case(record)
+    case = tuned_case(record, lambda case: _seconds(case, _step(case), None))
     memory = float(states(case.plan, case.scenario).total_P.max())
     if memory > case.scenario.cluster.gpu.memory_bytes:
         has = case.scenario.cluster.gpu.memory_bytes

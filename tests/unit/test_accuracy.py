@@ -23,6 +23,7 @@ from moeplan.accuracy.records import KINDS, fault, published, read
 from moeplan.accuracy.reductions import all_reduce_s
 from moeplan.accuracy.scores import Row, kendall, quantile, rankings, summary_of
 from moeplan.accuracy.steps import Step, believed_s, step_of
+from moeplan.accuracy.tuned import tuned_case
 from moeplan.api import simulate
 from moeplan.cli import app
 from moeplan.errors import MoeplanError
@@ -83,6 +84,34 @@ def test_all_published_records_are_read_and_have_a_kind() -> None:
     assert len({record["id"] for record in records}) == 768
     assert {record["kind"] for record in records} == set(KINDS)
     assert [record["id"] for record in records if fault(record)] == []
+
+
+def test_what_a_record_leaves_open_of_its_pipeline_is_what_is_predicted_to_be_fastest() -> None:
+    """Here small micro-batches of four cost nothing, and chunks are worth a tenth each."""
+    record = changed(parallel__vpp=None, parallel__mbs=None, parallel__pp=2)
+
+    def seconds(case: Any) -> float:
+        return float(abs(case.plan.micro_batch - 4) + 1 - case.plan.vpp / 10)
+
+    found = tuned_case(record, seconds)
+    assert (found.plan.vpp, found.plan.micro_batch) == (2, 4)
+    assert {"vpp 2", "mbs 4"} <= set(found.guessed)
+    assert tuned_case(record | {"measured": {"step_time_s": 99.0}}, seconds).plan == found.plan
+
+
+def test_what_a_record_states_is_not_tuned_and_what_does_not_fit_is_not_chosen() -> None:
+    asked: list[Any] = []
+
+    def seconds(case: Any) -> float:
+        asked.append(case)
+        return 1.0 / float(case.plan.micro_batch)
+
+    assert tuned_case(changed(), seconds) == training_case(changed())
+    assert not asked
+    long = changed(parallel__mbs=None, parallel__pp=1, parallel__gbs=4096, model__seq_len=16384)
+    chosen = tuned_case(long, seconds).plan.micro_batch
+    assert 1 < chosen < 4096 // 8
+    assert {case.plan.micro_batch for case in asked} == {1 << power for power in range(chosen.bit_length())}
 
 
 def test_every_published_training_record_is_expressed_or_refused_with_a_reason() -> None:
