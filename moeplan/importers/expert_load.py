@@ -109,10 +109,26 @@ def _counted(ids_NLK: Ids, batch_tokens: int, num_experts: int) -> Floats:
     return counts.reshape(steps, layers, num_experts).astype(np.float64)
 
 
+def _are_ids(found: npt.NDArray[Any]) -> bool:
+    """Whether a table by three axes never has a number twice in a row, and is longer than its largest number.
+
+    So are ids of the experts that thousands of tokens chose; counts are neither.
+    """
+    if found.ndim != 3 or found.dtype.kind not in "iu" or found.shape[2] < 2 or len(found) <= found.max():
+        return False
+    return bool((np.diff(np.sort(found, axis=2), axis=2) > 0).all())
+
+
 def _checked(path: Path, found: npt.NDArray[Any], *, skips_dense: bool) -> ExpertLoad:
     if found.ndim not in (2, 3, 4) or 0 in found.shape or found.dtype.kind not in "iuf":
         what = f"shape {found.shape} of {found.dtype}"
         raise refuse(path, "counts", what, allowed=f"numbers by {_SHAPES}", remedy="reshape it")
+    if _are_ids(found):
+        allowed = "counts by [step, layer, expert]"
+        remedy = "say how many tokens a batch has (--batch-tokens 512), so that they are counted"
+        raise refuse(
+            path, "counts", "what looks like expert ids by [token, layer, pick]", allowed=allowed, remedy=remedy
+        )
     tokens = found.astype(np.float64)
     tokens_TLSE = tokens if tokens.ndim == 4 else tokens.reshape(-1, tokens.shape[-2], 1, tokens.shape[-1])
     if not np.isfinite(tokens_TLSE).all() or tokens_TLSE.min() < 0:

@@ -158,6 +158,7 @@ IDS = np.zeros((8, 2, 2), np.int64) + np.arange(2)
         (IDS, {"batch_tokens": 9}, "batch_tokens: 9 is not 1 to the 8 tokens"),
         (IDS, {"batch_tokens": 0}, "batch_tokens: 0 is not"),
         (IDS, {"batch_tokens": 8}, "1 step, .* record two"),
+        (IDS, {}, "looks like expert ids .*--batch-tokens"),
         (drifting(1), {}, "1 step, .* record two"),
         (drifting(), {"policy": "treshold"}, "did you mean 'threshold'"),
         (drifting(), {"policy": "static", "every": 3}, "every: has no effect on policy 'static'; remove it"),
