@@ -28,6 +28,8 @@ from moeplan.partition.legal import check_plan, problems
 from moeplan.units import show
 
 _MOST_RIVALS = 3
+_ALIKE = 1e-4
+"""Of a step: nearer than any two runs of one plan."""
 _ROUNDING = 1e-9
 """Plans whose times differ by less are equally fast."""
 _WORTH_SAYING = 1e-6
@@ -348,7 +350,7 @@ def _rival(plan: Plan, ours: Plan, timeline: Timeline) -> Rival:
 
 def _alike(one: Rival, other: Rival) -> bool:
     """Whether both take the same time for the same causes."""
-    slack = _ROUNDING * other.step_s
+    slack = _ALIKE * other.step_s
     return all(abs(seconds - other.causes_s[cause]) <= slack for cause, seconds in one.causes_s.items())
 
 
