@@ -87,7 +87,7 @@ def a2a(
         print_json({"cluster": wanted.name, "gpus": wanted.num_gpus, "results": [_as_json(each) for each in found],
                     "refused": refused})  # fmt: skip
     else:
-        _print_times(wanted, found, refused)
+        _print_times(wanted, wanted.num_gpus if members is None else len(members), found, refused)
 
 
 def _ranks(text: str | None, cluster: Cluster) -> Ints | None:
@@ -101,7 +101,10 @@ def _ranks(text: str | None, cluster: Cluster) -> Ints | None:
         if not first.isdecimal() or not (last or first).isdecimal():
             raise MoeplanError(f"--ranks {text!r}: {piece!r} is not a number or a range; write 0-63 or 0,8,16")
         if int(last or first) >= cluster.num_gpus:
-            raise MoeplanError(f"--ranks {text!r}: {cluster.name} has GPUs 0 to {cluster.num_gpus - 1}")
+            remedy = f"{cluster.name} has GPUs 0 to {cluster.num_gpus - 1}; name some of these, or use more --nodes"
+            raise MoeplanError(f"--ranks {text!r}: {remedy}")
+        if int(last or first) < int(first):
+            raise MoeplanError(f"--ranks {text!r}: {piece!r} goes downwards; write {last}-{first}")
         found += range(int(first), int(last or first) + 1)
     return np.array(found, np.int64)
 
@@ -112,9 +115,12 @@ def _size(text: str | None, traffic: Path | None) -> float | None:
     if (text is None) == (traffic is None):
         raise MoeplanError("give either --bytes, such as 64MiB, or --traffic with a matrix")
     try:
-        return None if text is None else parse(text, "B")
+        size_bytes = None if text is None else parse(text, "B")
     except ValueError as error:
-        raise MoeplanError(f"--bytes: {error}") from None
+        raise MoeplanError(f"--bytes: {error}; write it as in 64MiB") from None
+    if size_bytes is not None and size_bytes <= 0:
+        raise MoeplanError(f"--bytes: {text!r} moves nothing; use more than 0, as in 64MiB")
+    return size_bytes
 
 
 def _matrix(path: Path | None) -> Floats | None:
@@ -174,13 +180,15 @@ def _as_json(found: ExchangeTime) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print_times(cluster: Cluster, found: Sequence[ExchangeTime], refused: Mapping[str, str]) -> None:
+def _print_times(cluster: Cluster, num_members: int, found: Sequence[ExchangeTime], refused: Mapping[str, str]) -> None:
     from moeplan._screen import Screen
 
     screen = Screen()
-    screen.line(f"All-to-all on {cluster.name}, {cluster.num_gpus} GPUs", style="bold cyan")
+    some = "" if num_members == cluster.num_gpus else f"{num_members:,} of "
+    screen.line(f"All-to-all on {cluster.name}, {some}{cluster.num_gpus:,} GPUs", style="bold cyan")
     best = found[0]
-    screen.line(f"No algorithm can take less than {show(best.cut_bound_s, 's')}: the bytes {best.cut}.")
+    bytes_that_count = f": the bytes {best.cut}" if best.cut_bound_s else ", since nothing has to move"
+    screen.line(f"No algorithm can take less than {show(best.cut_bound_s, 's')}{bytes_that_count}.")
     tiers = [name for name in cluster.tier_names if any(each.tier_bytes[name] > 0 for each in found)]
     heads = ("algorithm", "time", "bound", "over cut", "waves", "messages", "busiest link", *tiers)
     rows = [

@@ -5,6 +5,8 @@ What it needs is imported when it runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,10 +170,18 @@ def _print(found: Placing) -> None:
         _row(layer, problem.tokens_E.sum() / found.num_gpus)
         for layer, problem in zip(layers, found.problems, strict=True)
     ]
-    screen.table(heads, rows, right="r" * (len(heads) - 1))
+    screen.table(heads, _folded(found.numbers, rows), right="r" * (len(heads) - 1))
     worst = max(layers, key=lambda layer: float(layer["gap"]))
     screen.line()
     screen.line(f"Proven within {_share(worst['gap'])} of the best in every layer (worst: layer {worst['layer']}).")
+
+
+def _folded(numbers: Sequence[int], rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """A row for each layer after its number; neighbours that are alike in all share one."""
+    numbered = enumerate(zip(numbers, rows, strict=True))
+    for (_, row), alike in groupby(numbered, key=lambda each: (each[1][0] - each[0], each[1][1])):
+        layers = [number for _, (number, _) in alike]
+        yield (f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0]), *row)
 
 
 def _row(layer: dict[str, Any], mean: float) -> tuple[str, ...]:
@@ -180,7 +190,7 @@ def _row(layer: dict[str, Any], mean: float) -> tuple[str, ...]:
     times = tuple(show(layer[key], "s") for key in ("makespan_s", "lower_bound_s") if key in layer)
     times += tuple(f"{layer[key]:.3f}" for key in ("visits", "lower_bound_visits") if key in layer)
     return (
-        str(layer["layer"]), *times, f"{layer['max_tokens']:,.0f}", f"{layer['max_tokens'] / mean:.4f}",
+        *times, f"{layer['max_tokens']:,.0f}", f"{layer['max_tokens'] / mean:.4f}",
         f"{layer['lower_bound_tokens']:,.0f}", _share(layer["gap"]), show(layer["seconds"], "s"),
         layer["proof"].partition(":")[0],
     )  # fmt: skip

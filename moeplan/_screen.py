@@ -26,13 +26,19 @@ _WIDE = 10_000
 """Columns where nobody looks: lines are not broken, so that other programs find what they look for."""
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader went away; rich would end the process with status 1, and the command knows better."""
+        raise BrokenPipeError
+
+
 class Screen:
     """Standard output, on which tables have rules and colours only where a person looks at it."""
 
     def __init__(self) -> None:
-        self.console = Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
+        self.console = _Output(markup=False, highlight=False, emoji=False, soft_wrap=False)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
-            self.console = Console(markup=False, highlight=False, emoji=False, width=_WIDE)
+            self.console = _Output(markup=False, highlight=False, emoji=False, width=_WIDE)
 
     def line(self, text: str = "", *, style: str = "") -> None:
         """A line of text."""
@@ -128,7 +134,7 @@ def plan_in_words(plan: Plan, scenario: Scenario) -> list[tuple[str, str]]:
         else None,
         ("rank order", f"{plan.rank_order}, the nearest first"),
         ("stages", f"{_runs(plan.stages)} layers"),
-        ("schedule", f"{plan.schedule}, {count:,} micro-batches of {plan.micro_batch} for each replica"),
+        ("schedule", f"{plan.schedule}, {_micro_batches(count)} of {plan.micro_batch} for each replica"),
         ("ZeRO", f"dense {plan.zero_dense}, experts {plan.zero_expert}; gradients {gradients}"),
         ("recompute", plan.recompute),
         ("all-to-all", f"{plan.all_to_all}, {_parts(plan.overlap_degree)}") if plan.ep > 1 else None,
@@ -145,6 +151,10 @@ def _placed(plan: Plan) -> str:
 
 def _times(count: int) -> str:
     return "once" if count == 1 else "twice" if count == 2 else f"{count:,} times"
+
+
+def _micro_batches(count: int) -> str:
+    return f"{count:,} micro-batch" + ("" if count == 1 else "es")
 
 
 def _parts(degree: int) -> str:

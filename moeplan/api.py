@@ -21,6 +21,7 @@ from moeplan.domain.scenario import Scenario
 from moeplan.domain.timeline import Timeline
 from moeplan.errors import MoeplanError, PlanError
 from moeplan.partition.footprint import footprint
+from moeplan.partition.legal import check_plan
 from moeplan.simulator import simulate as simulator
 from moeplan.simulator.noise import Noise
 
@@ -44,7 +45,7 @@ class Simulation:
     noise: Noise | None
 
 
-Exported: TypeAlias = "Simulation | Timeline | Plan | PlanResult | Placing"
+Exported: TypeAlias = "Simulation | Timeline | Plan | PlanResult | Placing | ExpertMap"
 
 
 def load(source: Source, changes: Mapping[str, object] = MappingProxyType({})) -> Scenario:
@@ -155,40 +156,47 @@ def export(
     """
     name = format or _format_of(path, result)
     dish = menu.load("exporters", name, "export")
-    noun = _noun(dish)
+    noun = noun_of(name)
     if (what := _nouns(result).get(noun)) is None:
         remedy = "place experts (`moeplan place --plan`)" if noun == "placing" else f"give it a {noun}"
         raise MoeplanError(f"format {name!r} exports a {noun}, not a {type(result).__name__}; {remedy}")
     dish(what, fspath(path), **options)
 
 
+def noun_of(format_name: str) -> str:
+    """What a dish of the exporters' menu writes down: timeline, plan, simulation, result or placing."""
+    return next(iter(inspect.signature(menu.load("exporters", format_name, "export")).parameters))
+
+
+def expert_map(scenario: Source, plan: Plan | PlanResult | str | PathLike[str]) -> ExpertMap:
+    """Where a placed plan has its experts, as engines load it. Raises PlanError if it is illegal, or not placed."""
+    problem, chosen = load(scenario), plan_of(plan)
+    check_plan(chosen, problem)
+    if chosen.placement is None:
+        raise PlanError("plan: has no placement of experts; place them with `moeplan place --plan`")
+    layers = problem.model.all_layers
+    numbers = [number for number, layer in enumerate(layers) if layer.is_moe]
+    return ExpertMap.of(chosen.placement, numbers=numbers, num_layers=len(layers), num_gpus=chosen.ep)
+
+
 def _nouns(result: Exported) -> dict[str, object]:
     """What can be exported of a result, by the name that a dish's first argument has."""
     if isinstance(result, Simulation):
-        placing = {} if result.plan.placement is None else {"placing": _expert_map(result)}
+        placing = {} if result.plan.placement is None else {"placing": expert_map(result.scenario, result.plan)}
         return {"timeline": result.timeline, "plan": result.plan, "simulation": result, **placing}
-    if expert_map := getattr(result, "expert_map", None):
-        return {"placing": expert_map()}
+    if isinstance(result, ExpertMap):
+        return {"placing": result}
+    if placed := getattr(result, "expert_map", None):
+        return {"placing": placed()}
     if isinstance(result, PlanResult):
         return {"plan": result.plan, "result": result}
     return {"timeline" if isinstance(result, Timeline) else "plan": result}
 
 
-def _expert_map(simulation: Simulation) -> ExpertMap:
-    plan, layers = simulation.plan, simulation.scenario.model.all_layers
-    assert plan.placement is not None
-    numbers = [number for number, layer in enumerate(layers) if layer.is_moe]
-    return ExpertMap.of(plan.placement, numbers=numbers, num_layers=len(layers), num_gpus=plan.ep)
-
-
-def _noun(dish: Callable[..., None]) -> str:
-    return next(iter(inspect.signature(dish).parameters))
-
-
 def _format_of(path: str | PathLike[str], result: Exported) -> str:
     nouns, suffixes = _nouns(result), {}
     for name in menu.names("exporters"):
-        if _noun(menu.load("exporters", name, "export")) in nouns:
+        if noun_of(name) in nouns:
             suffixes[name] = menu.module("exporters", name).SUFFIXES
     fitting = [name for name, known in suffixes.items() if fspath(path).lower().endswith(known)]
     if len(fitting) == 1:

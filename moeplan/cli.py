@@ -124,16 +124,6 @@ def _give_up_stdout() -> None:
     os.close(nowhere)
 
 
-app.add_typer(network_app(_guarded), name="network")
-app.command()(_guarded()(accuracy))
-app.command()(_guarded()(place))
-app.command()(_guarded()(explain))
-app.command()(_guarded()(execute))
-app.command()(_guarded()(calibrate))
-app.command()(_guarded()(validate))
-app.command()(_guarded()(emulate))
-
-
 @app.command()
 @_guarded()
 def plan(
@@ -210,10 +200,16 @@ def export_command(
     plan_file: PlanFile = None,
     settings: Settings = None,
 ) -> None:
-    """Write a plan's step in one format of the exporters' menu."""
+    """Write a plan's step, or where a placed plan has its experts, in one format of the exporters' menu."""
+    from moeplan import api
+
     files = _checked({format_name: path})
     problem, chosen = _problem_and_plan(scenario, plan_file, settings, {})
-    _simulated(problem, chosen, None, files=files, as_json=None)
+    if api.noun_of(format_name) == "placing":
+        api.export(api.expert_map(problem, chosen), path, format=format_name)
+        print(f"wrote {path}", file=sys.stderr)
+    else:
+        _simulated(problem, chosen, None, files=files, as_json=None)
 
 
 @app.command(name="what-if")
@@ -314,6 +310,11 @@ def sources(
     else:
         lines = [(row.figure, row.value, row.kind, "; ".join(filter(None, (row.cite, row.note)))) for row in rows]
         Screen().table(("figure", "value", "kind", "source and note"), lines, whole=(0, 2))
+
+
+for command in (explain, place, execute, validate, calibrate, emulate, accuracy):
+    app.command()(_guarded()(command))
+app.add_typer(network_app(_guarded), name="network")
 
 
 def _planned(scenario: Scenario, **options: Any) -> PlanResult:

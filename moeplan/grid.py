@@ -191,7 +191,7 @@ def _compared(row: Row, base: Row) -> Row:
 
 
 def in_short(plan: Plan) -> str:
-    """The plan on a line: `pp4 dp16 ep8 1F1B mb1`, and what differs from the usual."""
+    """The plan on a line: `pp4 dp16 ep8 one_f_one_b mb1`, and what differs from the usual."""
     degrees = [f"{axis}{getattr(plan, axis)}" for axis in ("pp", "vpp", "dp", "tp", "cp", "ep", "etp")]
     shown = [text for text in degrees if text.startswith("dp") or text.strip("abcdefghijklmnopqrstuvwxyz") != "1"]
     zero = {f"z{plan.zero_dense}", f"z{plan.zero_expert}"} - {"z1"}
@@ -203,5 +203,4 @@ def in_short(plan: Plan) -> str:
         plan.arbitration if plan.arbitration != "fair" else "",
         plan.rank_order if plan.rank_order != "tp-cp-ep-dp-pp" else "",
     ]
-    schedule = {"one_f_one_b": "1F1B"}.get(plan.schedule, plan.schedule)
-    return " ".join([*shown, schedule, f"mb{plan.micro_batch}", *filter(None, extras)])
+    return " ".join([*shown, plan.schedule, f"mb{plan.micro_batch}", *filter(None, extras)])

@@ -117,6 +117,8 @@ def place(
     `load` then holds expert ids by token, layer and pick. `slots` None: one for each expert. `now`: where experts
     stand, of which at most `max_moves` replicas of a layer may move. Raises CatalogueError, PlanError, InfeasibleError.
     """
+    if load is None and scenario is None:
+        raise PlanError("place: neither a load nor a scenario is given; give counts of tokens, or a scenario's name")
     given = None if scenario is None else load_scenario(scenario)
     num_gpus = gpus_of(given, gpus)
     ids_NLK = _ids(load, array) if objective == "visits" else None
@@ -176,8 +178,6 @@ def _tokens(
     scenario: Scenario | None, load: LoadSource | None, array: str | None, *, num_gpus: int, objective: Objective
 ) -> tuple[Floats, tuple[int, ...]]:
     """[L, S, E] tokens and the layers' numbers; sources are nodes where the topology counts, and else one."""
-    if load is None and scenario is None:
-        raise PlanError("place: neither a load nor a scenario is given; give counts of tokens, or a scenario's name")
     if load is None:
         assert scenario is not None
         tokens_LSE, numbers = _routed(scenario, num_gpus)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moeplan import api
 from moeplan.api import Progress, Source
+from moeplan.catalogue.overlay import Given
 from moeplan.domain.plan import Plan
 from moeplan.domain.result import PlanResult
 from moeplan.domain.scenario import Scenario
@@ -43,7 +44,9 @@ def calibrate(
 
 def with_cost_model(scenario: Scenario, cost_model: str | PathLike[str] | None) -> Scenario:
     """The scenario with another sheet for its devices: a name of the catalogue, or a file."""
-    return scenario if cost_model is None else api.load(scenario, {"cluster.gpu": fspath(cost_model)})
+    if cost_model is None:
+        return scenario
+    return api.load(scenario, {"cluster.gpu": Given(fspath(cost_model), "cost model")})
 
 
 def validate(

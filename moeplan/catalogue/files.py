@@ -61,9 +61,18 @@ def find(name: str, kind: str | None = None) -> Found:
     for shelf, folder in shelves.items():
         if name in names(shelf):
             return Found(shelf, root() / folder / f"{name}.yaml")
-    word = {"gpus": "GPU", "topologies": "cluster"}.get(kind or "", (kind or "names").removesuffix("s"))
+    word = _word(kind or "names")
+    for other in SHELVES.keys() - shelves.keys():
+        if name in names(other):
+            flag = {"models": "--model", "topologies": "--cluster", "gpus": "--cost-model"}.get(other)
+            remedy = f"give it with {flag}" if kind == "scenarios" else f"see `moeplan list {kind}`"
+            raise CatalogueError(f"{name!r} is a {_word(other)}, not a {word}; {remedy}")
     allowed = [each for shelf in shelves for each in names(shelf)]
     raise CatalogueError(unknown_name(word, name[:80], allowed))
+
+
+def _word(kind: str) -> str:
+    return {"gpus": "GPU", "topologies": "cluster"}.get(kind, kind.removesuffix("s"))
 
 
 def is_path(text: str) -> bool:

@@ -67,13 +67,17 @@ class _Overlay:
         self.given: list[FieldPath] = []
         self.figures = figure_names()
 
-    def merged(self, under: Mapping[str, Any], path: FieldPath) -> dict[str, Any]:
+    def merged(self, under: Mapping[Any, Any], path: FieldPath) -> dict[Any, Any]:
+        """What stands at `path` of the top laid over `under`; an item of a list has its place as its key."""
         found = dict(under)
         for key, value in at(self.top.data, path).items():
             here, old = (*path, key), under.get(key)
             if _is_mapping(old) and _is_mapping(value) and "name" not in value:
                 self.spots[here] = self.top.spots.get(here, self.spots.get(here, self.top.spots[()]))
                 found[key] = self.merged(old, here)
+                continue
+            if isinstance(old, list) and _is_mapping(value) and value.keys() <= set(range(len(old))):
+                found[key] = list(self.merged(dict(enumerate(old)), here).values())
                 continue
             if _is_mapping(old) and not isinstance(value, dict | None):
                 fail(
@@ -116,7 +120,7 @@ def change_sheet(changes: Mapping[str, object], document: Mapping[str, Any]) -> 
 
     Raises CatalogueError for a word without a path, and for two changes of which one holds the other.
     """
-    data: dict[str, Any] = {}
+    data: dict[Any, Any] = {}
     spots: dict[FieldPath, Spot] = {(): Spot(_FILE, None, ())}
     for text, given in changes.items():
         value, place = (
@@ -139,6 +143,21 @@ def _path(text: str, document: Mapping[str, Any], place: str) -> FieldPath:
         close = inside or get_close_matches(path[0], SHORT, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else "write section.field, such as workload.global_batch"
         raise CatalogueError(f"{place}: is not the path of a field; {remedy}")
+    return _with_places(path, document, place)
+
+
+def _with_places(words: tuple[str, ...], document: Mapping[str, Any], place: str) -> FieldPath:
+    """The path with whole numbers where the document has lists, as `show` prints it: model.layers.0.repeat."""
+    here: Any = document
+    path: FieldPath = ()
+    for word in words:
+        if not isinstance(here, list):
+            path, here = (*path, word), here.get(word) if isinstance(here, dict) else None
+        elif word.isdecimal() and int(word) < len(here):
+            path, here = (*path, int(word)), here[int(word)]
+        else:
+            remedy = f"use 0 to {len(here) - 1}, or set the whole list" if here else "set the whole list"
+            raise CatalogueError(f"{place}: {shown(word)} is no place of the list {dotted(path)}; {remedy}")
     return path
 
 
@@ -162,11 +181,11 @@ def _value(value: object, path: FieldPath, place: str) -> object:
     return scalar(value, place)
 
 
-def _put(data: dict[str, Any], path: FieldPath, value: object, place: str) -> None:
+def _put(data: dict[Any, Any], path: FieldPath, value: object, place: str) -> None:
     for part in path[:-1]:
-        data = data.setdefault(str(part), {})
+        data = data.setdefault(part, {})
         if not isinstance(data, dict):
             raise CatalogueError(f"{place}: is inside another field that is set; set one of the two")
     if path[-1] in data:
         raise CatalogueError(f"{place}: is set twice, or holds another field that is set; set it once")
-    data[str(path[-1])] = value
+    data[path[-1]] = value

@@ -199,6 +199,8 @@ def _written_out(sheet: Sheet) -> Sheet:
     if sheet.data.get("schema") != SCHEMA and isinstance(sheet.data.get("scenario"), dict):
         sheet = Sheet(data=sheet.data["scenario"], spots=below(sheet.spots, ("scenario",)) or sheet.spots)
     if sheet.data.get("schema") != SCHEMA:
+        if "model_type" in sheet.data or "architectures" in sheet.data:
+            fail(sheet.spots, (), "is a model's config.json, not a scenario; give it with --model, beside --cluster")
         found = shown(sheet.data["schema"]) if "schema" in sheet.data else "a mapping without schema"
         fail(
             sheet.spots,

@@ -27,7 +27,7 @@ def draw_exchange(found: ExchangeTime, cluster: Cluster, path: str | Path) -> No
         _matrix(figure, left, found, cluster)
         _links(right, found, cluster)
         figure.suptitle(
-            f"{found.operation} by {found.algorithm} on {cluster.name}: {show(found.time_s, 's')}, "
+            f"{found.operation.replace('_', '-')} by {found.algorithm} on {cluster.name}: {show(found.time_s, 's')}, "
             f"at least {show(found.cut_bound_s, 's')} by any algorithm",
             fontsize=10,
         )
@@ -40,7 +40,7 @@ def _matrix(figure: Any, axes: Any, found: ExchangeTime, cluster: Cluster) -> No
     image = axes.imshow(shown, cmap="viridis_r", interpolation="nearest")
     axes.set_xlabel("receiving " + ("GPU" if each == 1 else "node"))
     axes.set_ylabel("sending " + ("GPU" if each == 1 else "node"))
-    bar = figure.colorbar(image, ax=axes, fraction=0.046)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, label="bytes of all phases")
     bar.ax.yaxis.set_major_formatter(lambda value, _: show(value, "B"))
 
 

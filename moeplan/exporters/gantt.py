@@ -128,9 +128,9 @@ def _colours(timeline: Timeline, color_by: str, seen: Any) -> tuple[list[str], A
     tasks = timeline.program.tasks
     kinds, kind_T = kinds_of_tasks(timeline.program)
     works = [kind for kind in kinds if not kind.is_exchange]
-    talks = [label(kind.name, longest=24) for kind in kinds if kind.is_exchange]
+    talks = [_legend_text(kind.name) for kind in kinds if kind.is_exchange]
     computes_T = tasks.stream_T == Stream.COMPUTE
-    heads = list(_PASS_TEXT.values()) if color_by == "pass" else [label(kind.name, longest=24) for kind in works]
+    heads = list(_PASS_TEXT.values()) if color_by == "pass" else [_legend_text(kind.name) for kind in works]
     number_T = np.where(computes_T, tasks.pass_T if color_by == "pass" else kind_T, kind_T - len(works) + len(heads))
     colours = [_COMPUTE_COLOURS[i % len(_COMPUTE_COLOURS)] for i in range(len(heads))]
     colours += [_EXCHANGE_COLOURS[i % len(_EXCHANGE_COLOURS)] for i in range(len(talks))]
@@ -199,6 +199,10 @@ def _numbers(
                 text = str(tasks.microbatch_T[first])
                 where = ((left + right) / 2 * scale, bottom + height / 2)
                 axes.text(*where, text, ha="center", va="center", fontsize=8, path_effects=halo)
+
+
+def _legend_text(kind: str) -> str:
+    return label(kind.replace("_", " "), longest=24)
 
 
 def _legend(figure: Any, names: list[str], colours: Floats) -> None:

@@ -282,7 +282,8 @@ def _shares(traffic_bytes_GG: Floats, size: int) -> tuple[Floats, float]:
 def _check_algorithm(exchange: Exchange, cluster: Cluster) -> None:
     names = menu.names("collectives")
     if exchange.algorithm not in names:
-        raise SimulationError(unknown_name("all-to-all", exchange.algorithm, names))
+        able = [name for name in names if exchange.operation in menu.load("collectives", name, "OPERATIONS")]
+        raise SimulationError(unknown_name(exchange.operation.replace("_", "-"), exchange.algorithm, able))
     operations = menu.load("collectives", exchange.algorithm, "OPERATIONS")
     if exchange.operation not in operations:
         raise SimulationError(f"{exchange.algorithm} does {', '.join(operations)}, not {exchange.operation}")

@@ -45,8 +45,8 @@ def existing_file(text: str) -> Path:
     """The file at `text`; refuses what is not there and what is no plain file."""
     path = Path(text)
     if not path.is_file():
-        raise refuse(path, "path", "what is there" if path.exists() else "nothing", allowed="a file",
-                     remedy="give the path of a .npz, .jsonl or .jsonl.gz file")  # fmt: skip
+        found = "is not a file" if path.exists() else "does not exist"
+        raise CatalogueError(f"{path}: {found}; give the path of a .npz, .jsonl or .jsonl.gz file")
     return path
 
 

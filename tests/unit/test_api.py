@@ -230,7 +230,7 @@ def test_progress_says_which_cell_is_planned(scenario: mp.Scenario) -> None:
 
 def test_a_plan_in_short_names_the_degrees_and_what_is_unusual() -> None:
     plan = mp.Plan(dp=16, pp=4, ep=8, stages=(8, 8, 8, 8))
-    assert in_short(plan) == "pp4 dp16 ep8 1F1B mb1"
+    assert in_short(plan) == "pp4 dp16 ep8 one_f_one_b mb1"
     odd = plan.model_copy(
         update={"dp": 1, "zero_dense": 3, "recompute": "full", "schedule": "zbv", "overlap_degree": 2}
     )
