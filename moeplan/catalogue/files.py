@@ -62,7 +62,7 @@ def find(name: str, kind: str | None = None) -> Found:
         if name in names(shelf):
             return Found(shelf, root() / folder / f"{name}.yaml")
     word = _word(kind or "names")
-    for other in SHELVES.keys() - shelves.keys():
+    for other in [each for each in SHELVES if each not in shelves]:
         if name in names(other):
             flag = {"models": "--model", "topologies": "--cluster", "gpus": "--cost-model"}.get(other)
             remedy = f"give it with {flag}" if kind == "scenarios" else f"see `moeplan list {kind}`"
