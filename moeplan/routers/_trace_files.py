@@ -45,7 +45,7 @@ def existing_file(text: str) -> Path:
     """The file at `text`; refuses what is not there and what is no plain file."""
     path = Path(text)
     if not path.is_file():
-        found = "is not a file" if path.exists() else "does not exist"
+        found = "is not a file" if path.exists() else "is not there"
         raise CatalogueError(f"{path}: {found}; give the path of a .npz, .jsonl or .jsonl.gz file")
     return path
 

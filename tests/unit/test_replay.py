@@ -272,7 +272,7 @@ def test_with_a_scenario_the_command_says_seconds(tmp_path: Path) -> None:
         (["--routing-trace", "t.npz", "--load", "l.npz"], "--load: has no effect with --routing-trace"),
         (["--routing-trace", "t.npz", "--objective", "balance"], "--objective: has no effect with --routing-trace"),
         (["--routing-trace", "t.npz", "--from", "now.json"], "--from: has no effect with --routing-trace"),
-        (["--routing-trace", "nowhere.npz"], "nowhere.npz: path: nothing"),
+        (["--routing-trace", "nowhere.npz"], "nowhere.npz: is not there"),
         (["--routing-trace", "t.npz", "--plot", "a.txt"], "use .png or .svg or .pdf"),
     ],
 )
